@@ -1,0 +1,1 @@
+"""Every message on rbee's wire, as msgspec structs, and nothing else."""

@@ -1,0 +1,56 @@
+"""Answers of the job routes."""
+
+from typing import Any, Literal, TypeAlias
+
+from msgspec import Struct
+
+from rbee_contracts.events import Usage
+from rbee_contracts.ids import JobId
+
+JobState: TypeAlias = Literal["pending", "running", "completed", "failed", "cancelled"]
+
+DONE = "[DONE]"
+
+
+class JobAccepted(Struct, frozen=True, kw_only=True):
+    """Answer of `POST /v1/jobs`. Read `sse_url` or the job never starts (unless `Prefer: respond-async`)."""
+
+    job_id: JobId
+    sse_url: str
+
+
+class JobError(Struct, frozen=True, kw_only=True):
+    code: str
+    message: str
+    retryable: bool
+
+
+class JobRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Answer of `GET /v1/jobs/{id}`. Times are RFC 3339 in UTC."""
+
+    job_id: JobId
+    operation: str
+    state: JobState
+    correlation_id: str
+    created_at: str
+    started_at: str | None = None
+    finished_at: str | None = None
+    model: str | None = None
+    error: JobError | None = None
+    usage: Usage | None = None
+    result: Any = None
+    children: list[str] = []
+
+
+class JobPage(Struct, frozen=True, kw_only=True):
+    """Answer of `GET /v1/jobs`, newest first. `next_cursor` is null on the last page."""
+
+    jobs: list[JobRecord]
+    next_cursor: str | None
+
+
+class JobCancelled(Struct, frozen=True, kw_only=True):
+    """Answer of `DELETE /v1/jobs/{id}`."""
+
+    job_id: JobId
+    status: Literal["cancelled"] = "cancelled"

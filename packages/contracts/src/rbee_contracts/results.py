@@ -1,0 +1,21 @@
+"""Which result each operation gives: the `data` of its `execute_complete`."""
+
+from typing import Any
+
+from rbee_contracts import events, nodes, operations
+from rbee_contracts.operations import Operation
+
+RESULTS: dict[type[Operation], Any] = {
+    operations.Infer: events.InferResult,
+    operations.Status: nodes.StatusResult,
+    operations.HiveList: nodes.HiveListResult,
+    operations.HiveGet: nodes.HiveInfo,
+    operations.ScheduleExplain: events.Decision,
+    operations.WorkerSpawn: events.SpawnedWorker,
+    operations.WorkerList: nodes.WorkerListResult,
+    operations.WorkerGet: nodes.WorkerInfo,
+    operations.WorkerStop: nodes.WorkerInfo,
+    operations.DeviceList: nodes.DeviceListResult,
+    operations.ModelList: nodes.ModelListResult,
+    operations.ModelGet: nodes.ModelInfo,
+}

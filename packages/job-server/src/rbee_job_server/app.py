@@ -1,0 +1,62 @@
+"""The Starlette app that every service has: job routes, health, info, errors, correlation."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from rbee_contracts.nodes import ServiceInfo
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from rbee_job_server.correlation import CorrelationMiddleware
+from rbee_job_server.errors import EXCEPTION_HANDLERS, RETRY_AFTER_S, json_response
+from rbee_job_server.routes import job_routes
+from rbee_job_server.server import JobServer
+
+
+def build_app(
+    server: JobServer,
+    *,
+    name: Literal["queen", "hive", "worker"],
+    service_id: str,
+    version: str,
+    routes: Sequence[BaseRoute] = (),
+    not_ready: Callable[[], str | None] = lambda: None,
+) -> Starlette:
+    """Build a service's app.
+
+    Args:
+        routes: the service's own, after the common ones.
+        not_ready: why the service cannot take work now, or None.
+    """
+    started = time.monotonic()
+
+    async def health(_: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    async def ready(_: Request) -> Response:
+        reason = "stopping" if server.stopping else not_ready()
+        if reason is None:
+            return json_response({"ready": True})
+        return json_response({"ready": False, "reason": reason}, 503, {"Retry-After": str(RETRY_AFTER_S)})
+
+    async def info(_: Request) -> Response:
+        uptime_s = round(time.monotonic() - started, 3)
+        return json_response(
+            ServiceInfo(name=name, id=service_id, version=version, boot=server.boot, uptime_s=uptime_s)
+        )
+
+    return Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/ready", ready),
+            Route("/v1/info", info),
+            *job_routes(server),
+            *routes,
+        ],
+        middleware=[Middleware(CorrelationMiddleware)],
+        exception_handlers=EXCEPTION_HANDLERS,
+    )

@@ -1,0 +1,84 @@
+"""How rbee's errors look over HTTP: one status for each class, one body for all."""
+
+import msgspec
+import structlog
+from rbee_contracts.errors import (
+    Conflict,
+    DeadlineExceeded,
+    ErrorBody,
+    Gone,
+    InvalidRequest,
+    NoCapacity,
+    NotFound,
+    NotImplementedHere,
+    RbeeError,
+    Unavailable,
+    WorkerLost,
+)
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ExceptionHandler
+
+from rbee_job_server.correlation import correlation_id_of
+
+log = structlog.get_logger(__name__)
+
+STATUS: dict[type[RbeeError], int] = {
+    InvalidRequest: 400,
+    NotFound: 404,
+    Conflict: 409,
+    Gone: 410,
+    NotImplementedHere: 501,
+    NoCapacity: 503,
+    Unavailable: 503,
+    DeadlineExceeded: 504,
+    WorkerLost: 502,
+    RbeeError: 500,
+}
+
+RETRY_AFTER_S = 2
+"""Sent with every 429 and 503."""
+
+_HTTP_CODES = {404: "route_not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_encoder = msgspec.json.Encoder()
+
+
+def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(_encoder.encode(value), status, headers=headers, media_type="application/json")
+
+
+def error_response(error: RbeeError, correlation_id: str) -> Response:
+    status = next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
+    return json_response(error.body(correlation_id), status, headers)
+
+
+async def _on_rbee_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, RbeeError)
+    return error_response(exc, correlation_id_of(request))
+
+
+async def _on_http_exception(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    details = f"{request.method} {request.url.path[:200]}: {exc.detail}"
+    if exc.status_code == 404:
+        details = f"{request.method} {request.url.path[:200]} is not a route of this service."
+    code = _HTTP_CODES.get(exc.status_code, "http_error")
+    body = ErrorBody(error=exc.detail, details=details, code=code, correlation_id=correlation_id_of(request))
+    return json_response(body, exc.status_code, dict(exc.headers or {}))
+
+
+async def _on_crash(request: Request, exc: Exception) -> Response:
+    log.error("request_crashed", method=request.method, path=request.url.path[:200], exc_info=exc)
+    return error_response(
+        RbeeError("This is a fault of rbee: its log has the cause under the correlation id."),
+        correlation_id_of(request),
+    )
+
+
+EXCEPTION_HANDLERS: dict[int | type[Exception], ExceptionHandler] = {
+    RbeeError: _on_rbee_error,
+    HTTPException: _on_http_exception,
+    Exception: _on_crash,
+}

@@ -1,0 +1,137 @@
+"""The job routes: decode, call the job server, encode. The same in every service."""
+
+from typing import Any, get_args
+
+import msgspec
+from rbee_contracts.errors import Conflict, InvalidRequest
+from rbee_contracts.ids import is_idempotency_key, is_step_key
+from rbee_contracts.jobs import JobAccepted, JobCancelled, JobState
+from rbee_contracts.operations import decode_operation, unknown_fields
+from rbee_contracts.sse import START, parse_event_id, parse_firehose_id
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from rbee_job_server.correlation import correlation_id_of
+from rbee_job_server.errors import json_response
+from rbee_job_server.jobs import CancelReason
+from rbee_job_server.registry import MAX_PAGE
+from rbee_job_server.server import JobServer, Submission
+from rbee_job_server.streams import EventStreamResponse
+
+RETRY_FRAME = b"retry: 500\n\n"
+DEFAULT_PAGE = 50
+
+
+def job_routes(server: JobServer) -> list[Route]:
+    """Give the routes of one job server."""
+    handlers = _JobRoutes(server)
+    return [
+        Route("/v1/jobs", handlers.submit, methods=["POST"]),
+        Route("/v1/jobs", handlers.list, methods=["GET"]),
+        Route("/v1/jobs/{job_id}", handlers.get, methods=["GET"]),
+        Route("/v1/jobs/{job_id}", handlers.cancel, methods=["DELETE"]),
+        Route("/v1/jobs/{job_id}/stream", handlers.stream, methods=["GET"]),
+        Route("/v1/events", handlers.events, methods=["GET"]),
+    ]
+
+
+class _JobRoutes:
+    def __init__(self, server: JobServer) -> None:
+        self._server = server
+
+    async def submit(self, request: Request) -> Response:
+        body = await request.body()
+        operation = decode_operation(body)
+        key = request.headers.get("Idempotency-Key")
+        if key is not None and not is_idempotency_key(key):
+            raise InvalidRequest(
+                "Idempotency-Key must be 1 to 128 characters of A-Z a-z 0-9 . _ : / -",
+                code="invalid_idempotency_key",
+            )
+        respond_async = _prefers_async(request)
+        from_hop = key is not None and is_step_key(key)
+        job = self._server.submit(
+            Submission(
+                operation=operation,
+                correlation_id=correlation_id_of(request),
+                respond_async=respond_async,
+                idempotency_key=key,
+                time_left_s=_time_left_s(request),
+                unknown_fields={} if from_hop else unknown_fields(body, operation),
+            )
+        )
+        accepted = JobAccepted(job_id=job.id, sse_url=f"/v1/jobs/{job.id}/stream")
+        if respond_async:
+            return json_response(accepted, 202, {"Preference-Applied": "respond-async"})
+        return json_response(accepted)
+
+    async def list(self, request: Request) -> Response:
+        query = request.query_params
+        state = query.get("state")
+        if state is not None and state not in get_args(JobState):
+            raise InvalidRequest(f"state {state[:40]!r} is none of {', '.join(get_args(JobState))}.")
+        page = self._server.registry.page(
+            state=msgspec.convert(state, JobState) if state else None,
+            operation=query.get("operation"),
+            limit=_limit(query.get("limit")),
+            cursor=query.get("cursor"),
+        )
+        return json_response(page)
+
+    async def get(self, request: Request) -> Response:
+        return json_response(self._server.registry.get(request.path_params["job_id"]).record())
+
+    async def cancel(self, request: Request) -> Response:
+        job = self._server.registry.get(request.path_params["job_id"])
+        if not job.cancel(CancelReason.REQUESTED) and job.state != "cancelled":
+            raise Conflict(f"{job.id} has already {job.state}; only a job that has not ended can be cancelled.",
+                           code="job_finished")
+        return json_response(JobCancelled(job_id=job.id))
+
+    async def stream(self, request: Request) -> Any:
+        position = START
+        last_event_id = request.headers.get("Last-Event-ID", "")
+        if last_event_id:
+            try:
+                position = parse_event_id(last_event_id)
+            except ValueError as exc:
+                raise InvalidRequest(f"Last-Event-ID: {exc}", code="invalid_last_event_id") from exc
+        job = self._server.registry.get_readable(request.path_params["job_id"])
+        if job.log is not None and last_event_id and job.log.is_seen(position):
+            return Response(status_code=204)
+        reader = self._server.attach(job, position)
+        return EventStreamResponse(reader, head=RETRY_FRAME, on_close=lambda: self._server.detach(job))
+
+    async def events(self, request: Request) -> Any:
+        after = None
+        last_event_id = request.headers.get("Last-Event-ID", "")
+        if last_event_id:
+            try:
+                after = parse_firehose_id(last_event_id)
+            except ValueError as exc:
+                raise InvalidRequest(f"Last-Event-ID: {exc}", code="invalid_last_event_id") from exc
+        follower = self._server.firehose.follow(after, output=request.query_params.get("output") == "1")
+        return EventStreamResponse(follower, on_close=follower.close)
+
+
+def _prefers_async(request: Request) -> bool:
+    preferences = ",".join(request.headers.getlist("Prefer")).split(",")
+    return any(p.split(";")[0].strip().lower() == "respond-async" for p in preferences)
+
+
+def _time_left_s(request: Request) -> float | None:
+    given = request.headers.get("X-Deadline-Ms")
+    if given is None:
+        return None
+    if not (given.isascii() and given.isdigit() and len(given) <= 12):
+        raise InvalidRequest("X-Deadline-Ms must be the milliseconds left, a whole number.")
+    return int(given) / 1000
+
+
+def _limit(given: str | None) -> int:
+    if given is None:
+        return DEFAULT_PAGE
+    if not (given.isascii() and given.isdigit() and 1 <= int(given[:9]) <= MAX_PAGE and len(given) <= 9):
+        raise InvalidRequest(f"limit must be a whole number from 1 to {MAX_PAGE}.")
+    return int(given)

@@ -1,0 +1,242 @@
+"""The job server: takes operations, runs their handlers as jobs, and ends each exactly once.
+
+One instance per service owns the registry, the firehose and the task group that handlers run in.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeAlias
+
+import anyio
+import structlog
+from anyio.abc import TaskGroup
+from msgspec import Struct
+from rbee_contracts.errors import NotImplementedHere, RbeeError, Unavailable
+from rbee_contracts.ids import hop_job_id, is_step_key, new_job_id
+from rbee_contracts.operations import Infer, OpenAI, Operation, WorkerSpawn
+from rbee_contracts.sse import START, Position
+
+from rbee_job_server.clock import Clock, SystemClock
+from rbee_job_server.context import JobContext, enter
+from rbee_job_server.event_log import LogReader
+from rbee_job_server.firehose import Firehose
+from rbee_job_server.jobs import CancelReason, Job, JobPolicy
+from rbee_job_server.registry import JobRegistry
+
+log = structlog.get_logger(__name__)
+
+Handler: TypeAlias = Callable[[Any, JobContext], Awaitable[Any]]
+Handlers: TypeAlias = Mapping[type[Operation], Handler]
+
+SWEEP_EVERY_S = 1.0
+
+DEFAULT_TIMEOUTS_S: dict[type[Operation], float] = {WorkerSpawn: 1800.0}
+"""Limits of operations whose request names none; what is not here has no limit."""
+
+
+class JobServerConfig(Struct, frozen=True, kw_only=True):
+    """Times in seconds.
+
+    Args:
+        unread_timeout_s: a job that nobody reads is cancelled after this long (`not_read`).
+    """
+
+    unread_timeout_s: float = 60.0
+
+
+class Submission(Struct, frozen=True, kw_only=True):
+    """What comes with an operation. `time_left_s` is what the hop above has left for it."""
+
+    operation: Operation
+    correlation_id: str
+    respond_async: bool = False
+    idempotency_key: str | None = None
+    time_left_s: float | None = None
+    unknown_fields: dict[str, str | None] = {}
+
+
+class JobServer:
+    """Runs jobs.
+
+    Args:
+        service: the kind of service; hop jobs' ids are derived from it.
+        actor: who narrates, e.g. `hive/box1`.
+        handlers: what executes each operation; an operation without one is 501.
+    """
+
+    def __init__(
+        self,
+        *,
+        service: str,
+        actor: str,
+        handlers: Handlers,
+        config: JobServerConfig | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.service = service
+        self.actor = actor
+        self.boot = secrets.token_hex(8)
+        self.clock = clock or SystemClock()
+        self.registry = JobRegistry()
+        self.firehose = Firehose(self.boot, actor, self.clock)
+        self.stopping = False
+        self._handlers = handlers
+        self._config = config or JobServerConfig()
+        self._tasks: TaskGroup | None = None
+        self._running = 0
+        self._idle = asyncio.Condition()
+
+    # --- the service's side ------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Own the tasks of all jobs, until cancelled."""
+        async with anyio.create_task_group() as tasks:
+            self._tasks = tasks
+            task_status.started()
+            while True:
+                await anyio.sleep(SWEEP_EVERY_S)
+                self.registry.sweep(self.clock.monotonic())
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more jobs, and wait until those that run have ended or the time is over."""
+        self.stopping = True
+        with anyio.move_on_after(timeout_s):
+            async with self._idle:
+                await self._idle.wait_for(lambda: self._running == 0)
+
+    async def end_all(self, error: RbeeError, grace_s: float = 5.0) -> None:
+        """End every job that has not ended with `error`, and let its handler clean up for `grace_s`."""
+        self.stopping = True
+        for job in self.registry:
+            job.abort(error)
+        await self.drain(grace_s)
+
+    # --- the routes' side --------------------------------------------------------------------------------
+
+    def submit(self, submission: Submission) -> Job:
+        """Take an operation and give its job: a new one, or the one already submitted under its key.
+
+        Raises:
+            NotImplementedHere: no handler executes this operation.
+            Conflict: the key was used for another operation.
+            Unavailable: the service is stopping.
+        """
+        operation, key = submission.operation, submission.idempotency_key
+        if type(operation) not in self._handlers:
+            raise NotImplementedHere(
+                f"{operation.name} is known, but the {self.service} of this version cannot execute it."
+            )
+        if key is not None and (known := self.registry.find_submitted(key, operation)) is not None:
+            return known
+        if self.stopping:
+            raise Unavailable("The service is stopping; submit again in a moment.", code="shutting_down")
+        job = Job(
+            job_id=hop_job_id(self.service, key) if key and is_step_key(key) else new_job_id(),
+            seq=self.registry.take_seq(),
+            operation=operation,
+            correlation_id=submission.correlation_id,
+            idempotency_key=key,
+            policy=_policy(submission),
+            actor=self.actor,
+            clock=self.clock,
+            publish=self.firehose.publish,
+        )
+        self.registry.add(job)
+        log.info("job_accepted", job_id=job.id, operation=operation.name, correlation_id=job.correlation_id)
+        for name, meant in submission.unknown_fields.items():
+            hint = f" Did you mean {meant}?" if meant else ""
+            job.narrate("warning", f"{operation.name} has no field {name[:100]!r}; it was ignored.{hint}")
+        if job.policy.starts_at_once:
+            self._start(job)
+        else:
+            job.timer = asyncio.get_running_loop().call_later(
+                self._config.unread_timeout_s, job.cancel, CancelReason.NOT_READ
+            )
+        return job
+
+    def attach(self, job: Job, position: Position = START) -> LogReader:
+        """Read a job's stream from `position`; the first reader starts the job. Pair with `detach`."""
+        reader = job.reader(position)
+        job.readers += 1
+        if job.state == "pending":
+            self._start(job)
+        elif not job.is_finished:
+            job.disarm()
+        return reader
+
+    def detach(self, job: Job) -> None:
+        """A reader has left; the last one's leaving may cancel the job, after its resume window."""
+        job.readers -= 1
+        window = job.policy.resume_window_s
+        if job.readers == 0 and window is not None and not job.is_finished:
+            job.disarm()
+            job.timer = asyncio.get_running_loop().call_later(window, job.cancel, CancelReason.ABANDONED)
+
+    # --- running -----------------------------------------------------------------------------------------
+
+    def _start(self, job: Job) -> None:
+        if self._tasks is None:
+            raise Unavailable("The service is starting; submit again in a moment.")
+        job.disarm()
+        if job.start():
+            job.scope = anyio.CancelScope()
+            self._running += 1
+            if job.policy.timeout_s is not None:
+                job.deadline_timer = asyncio.get_running_loop().call_later(job.policy.timeout_s, job.time_out)
+            self._tasks.start_soon(self._execute, job, job.scope, name=f"job {job.id}")
+
+    async def _execute(self, job: Job, scope: anyio.CancelScope) -> None:
+        context = JobContext(job, self.clock)
+        enter(context)
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(job_id=job.id, correlation_id=job.correlation_id)
+        try:
+            with scope:
+                await self._handle(job, context)
+        finally:
+            self._running -= 1
+            with anyio.CancelScope(shield=True):
+                async with self._idle:
+                    self._idle.notify_all()
+            log.info("job_ended", operation=job.operation.name, state=job.state, code=job.error and job.error.code)
+
+    async def _handle(self, job: Job, context: JobContext) -> None:
+        handler = self._handlers[type(job.operation)]
+        try:
+            job.complete(await handler(job.operation, context))
+        except RbeeError as exc:
+            log.warning("job_failed", code=exc.code, details=exc.details)
+            job.fail(exc)
+        except Exception as exc:
+            self._fail_unexpected(job, exc)
+
+    def _fail_unexpected(self, job: Job, exc: Exception) -> None:
+        log.exception("job_crashed", operation=job.operation.name, exc_info=exc)
+        job.fail(
+            RbeeError(
+                f"{type(exc).__name__} in the {self.service}. This is a fault of rbee: "
+                f"its log has the cause under correlation id {job.correlation_id}."
+            )
+        )
+
+
+def _policy(submission: Submission) -> JobPolicy:
+    operation = submission.operation
+    limits = [
+        operation.timeout_s if operation.timeout_s is not None else DEFAULT_TIMEOUTS_S.get(type(operation)),
+        submission.time_left_s,
+    ]
+    known = [limit for limit in limits if limit is not None]
+    resume_window_s = None
+    if not submission.respond_async:
+        match operation:
+            case Infer():
+                resume_window_s = operation.resume_window_s
+            case OpenAI():
+                resume_window_s = 0.0
+    return JobPolicy(
+        starts_at_once=submission.respond_async,
+        resume_window_s=resume_window_s,
+        timeout_s=min(known) if known else None,
+    )
