@@ -59,7 +59,9 @@ class RbeeError(Exception):
         self.retryable = self.default_retryable if retryable is None else retryable
 
     def body(self, correlation_id: str = "") -> ErrorBody:
-        return ErrorBody(error=self.error, details=self.details, code=self.code, correlation_id=correlation_id)
+        return ErrorBody(
+            error=self.error, details=self.details, code=self.code, correlation_id=correlation_id
+        )
 
 
 class InvalidRequest(RbeeError):

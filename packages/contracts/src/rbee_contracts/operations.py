@@ -315,7 +315,9 @@ def unknown_fields(body: bytes, operation: Operation) -> dict[str, str | None]:
 
 def _invalid_json(reason: str) -> InvalidRequest:
     return InvalidRequest(
-        f"The body must be one JSON object with an `operation`: {reason}", code="invalid_json", title="Invalid JSON"
+        f"The body must be one JSON object with an `operation`: {reason}",
+        code="invalid_json",
+        title="Invalid JSON",
     )
 
 
@@ -335,7 +337,7 @@ def _explain(body: bytes, exc: msgspec.ValidationError) -> InvalidRequest:
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         name = ""
     if name is None:
-        details = "Missing field: operation. It names what to do, e.g. \"infer\"."
+        details = 'Missing field: operation. It names what to do, e.g. "infer".'
         return InvalidRequest(details, code="invalid_operation", title="Invalid operation")
     if name and name not in OPERATIONS:
         near = difflib.get_close_matches(name, OPERATIONS, n=1)

@@ -12,12 +12,12 @@ import msgspec
 from httpx_aiohttp import AiohttpTransport
 from httpx_sse import EventSource, SSEError
 from msgspec import Struct
+
 from rbee_contracts.errors import ErrorBody
 from rbee_contracts.events import AnyEvent, decode_event
 from rbee_contracts.jobs import DONE, JobAccepted, JobPage, JobRecord
 from rbee_contracts.operations import Operation, encode_operation
 from rbee_contracts.sse import START, Position, parse_event_id
-
 from rbee_job_client.errors import ProtocolError, Rejected, StreamCut, Unreachable
 from rbee_job_client.frames import FirehoseParser
 
@@ -109,7 +109,9 @@ class JobClient:
             headers["Idempotency-Key"] = idempotency_key
         if time_left_s is not None:
             headers["X-Deadline-Ms"] = str(int(time_left_s * 1000))
-        response = await self._request("POST", "/v1/jobs", content=encode_operation(operation), headers=headers)
+        response = await self._request(
+            "POST", "/v1/jobs", content=encode_operation(operation), headers=headers
+        )
         return _decode(response, JobAccepted)
 
     async def cancel(self, job_id: str, *, correlation_id: str | None = None) -> bool:
@@ -214,7 +216,9 @@ class JobClient:
             connected = False
             try:
                 headers = {"Last-Event-ID": parser.last_event_id} if parser.last_event_id else {}
-                async with self._http.stream("GET", path, headers=headers, timeout=self._stream_timeout) as response:
+                async with self._http.stream(
+                    "GET", path, headers=headers, timeout=self._stream_timeout
+                ) as response:
                     await _raise_for_status(response)
                     async for chunk in response.aiter_raw():
                         events = parser.feed(chunk)
@@ -232,6 +236,24 @@ class JobClient:
                     on_connection(False)
             parser.reset()
             await asyncio.sleep(next(delays))
+
+    async def heartbeats(self, query: str, type_: type[Any]) -> AsyncGenerator[Any, None]:
+        """Give the service's heartbeats, decoded as `type_`, over one connection.
+
+        Raises:
+            StreamCut: the connection ended.
+        """
+        path = f"/v1/heartbeats/stream?{query}"
+        try:
+            async with self._http.stream("GET", path, timeout=self._stream_timeout) as response:
+                await _raise_for_status(response)
+                async with aclosing(EventSource(response).aiter_sse()) as frames:
+                    async for frame in frames:
+                        if frame.event == "heartbeat":
+                            yield msgspec.json.decode(frame.data, type=type_)
+        except (httpx.HTTPError, SSEError, msgspec.MsgspecError) as exc:
+            raise StreamCut(f"{self.base_url}: {_reason(exc)}.") from exc
+        raise StreamCut(f"{self.base_url} closed its heartbeats.")
 
     async def _stream_once(
         self, job_id: str, position: Position
@@ -257,7 +279,9 @@ class JobClient:
                             position = parse_event_id(frame.id)
                             event = decode_event(frame.data)
                         except (ValueError, msgspec.DecodeError) as exc:
-                            raise ProtocolError(f"{self.base_url} sent a frame that is no event: {exc}") from exc
+                            raise ProtocolError(
+                                f"{self.base_url} sent a frame that is no event: {exc}"
+                            ) from exc
                         yield position, event
         except (httpx.HTTPError, SSEError) as exc:
             raise StreamCut(f"{self.base_url}: {_reason(exc)}.") from exc
@@ -267,7 +291,9 @@ class JobClient:
         try:
             response = await self._http.request(method, path, **options)
         except httpx.HTTPError as exc:
-            raise Unreachable(f"No answer from {self.base_url} ({_reason(exc)}). Is it running there?") from exc
+            raise Unreachable(
+                f"No answer from {self.base_url} ({_reason(exc)}). Is it running there?"
+            ) from exc
         await _raise_for_status(response)
         return response
 
@@ -296,4 +322,6 @@ def _decode(response: httpx.Response, type_: type[Any]) -> Any:
     try:
         return msgspec.json.decode(response.content, type=type_)
     except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
-        raise ProtocolError(f"{response.url} answered {response.status_code} with an unreadable body.") from exc
+        raise ProtocolError(
+            f"{response.url} answered {response.status_code} with an unreadable body."
+        ) from exc

@@ -1,10 +1,10 @@
 """What can go wrong for a client of a job server.
 
-    RbeeError (contracts)
-    ├── Rejected         the service answered with an error; `status`, `code` and `details` are its own
-    ├── Unreachable      no answer: refused, timed out, name unknown
-    ├── StreamCut        a stream ended before its terminal event and could not be resumed
-    └── ProtocolError    the peer does not speak the job contract
+RbeeError (contracts)
+├── Rejected         the service answered with an error; `status`, `code` and `details` are its own
+├── Unreachable      no answer: refused, timed out, name unknown
+├── StreamCut        a stream ended before its terminal event and could not be resumed
+└── ProtocolError    the peer does not speak the job contract
 """
 
 from rbee_contracts.errors import RbeeError

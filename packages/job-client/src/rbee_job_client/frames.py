@@ -5,6 +5,7 @@ cut here in whole chunks; it reads only what our own services write: LF line end
 """
 
 import msgspec
+
 from rbee_contracts.events import AnyEvent, decode_event
 
 MAX_FRAME_BYTES = 20 * 2**20

@@ -4,13 +4,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from rbee_contracts.nodes import ServiceInfo
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from rbee_contracts.nodes import ServiceInfo
 from rbee_job_server.correlation import CorrelationMiddleware
 from rbee_job_server.errors import EXCEPTION_HANDLERS, RETRY_AFTER_S, json_response
 from rbee_job_server.routes import job_routes

@@ -4,8 +4,8 @@ from contextvars import ContextVar
 from typing import Any
 
 from msgspec import Struct
-from rbee_contracts.events import TokenData
 
+from rbee_contracts.events import TokenData
 from rbee_job_server.clock import Clock
 from rbee_job_server.jobs import Job
 

@@ -1,10 +1,11 @@
 """Correlation: one id through every hop's events, log lines and requests."""
 
 import structlog
-from rbee_contracts.ids import is_correlation_id, new_correlation_id
 from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rbee_contracts.ids import is_correlation_id, new_correlation_id
 
 HEADER = "X-Correlation-ID"
 

@@ -2,6 +2,11 @@
 
 import msgspec
 import structlog
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ExceptionHandler
+
 from rbee_contracts.errors import (
     Conflict,
     DeadlineExceeded,
@@ -15,11 +20,6 @@ from rbee_contracts.errors import (
     Unavailable,
     WorkerLost,
 )
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import ExceptionHandler
-
 from rbee_job_server.correlation import correlation_id_of
 
 log = structlog.get_logger(__name__)

@@ -12,9 +12,9 @@ from collections import deque
 from typing import NamedTuple
 
 import msgspec
+
 from rbee_contracts.events import AnyEvent, ExecuteComplete, Gap, encode_event
 from rbee_contracts.sse import Position
-
 from rbee_job_server.clock import Clock
 
 RING_BYTES = 8 * 2**20

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import anyio
 import msgspec
 from msgspec import Struct
+
 from rbee_contracts.errors import RbeeError
 from rbee_contracts.events import (
     AnyEvent,
@@ -29,7 +30,6 @@ from rbee_contracts.events import (
 from rbee_contracts.jobs import JobError, JobRecord, JobState
 from rbee_contracts.operations import Operation
 from rbee_contracts.sse import Position
-
 from rbee_job_server.clock import Clock
 from rbee_job_server.event_log import EventLog, LogReader
 
@@ -219,7 +219,9 @@ class Job:
         if self.is_finished:
             return False
         self.error = JobError(code="timeout", message=message, retryable=True)
-        ended = self._end("failed", ExecuteTimeout(formatted=self._formatted(message), **self._common(message)))
+        ended = self._end(
+            "failed", ExecuteTimeout(formatted=self._formatted(message), **self._common(message))
+        )
         self._stop_handler()
         return ended
 
@@ -232,7 +234,9 @@ class Job:
     def cancel(self, reason: CancelReason) -> bool:
         """End as cancelled, at once; what runs for it is told to stop and cleans up after that."""
         message = _CANCEL_MESSAGES[reason]
-        event = ExecuteCancelled(code=reason.value, formatted=self._formatted(message), **self._common(message))
+        event = ExecuteCancelled(
+            code=reason.value, formatted=self._formatted(message), **self._common(message)
+        )
         ended = self._end("cancelled", event)
         self._stop_handler()
         return ended

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from rbee_contracts.errors import Conflict, Gone, InvalidRequest, NotFound
 from rbee_contracts.jobs import JobPage, JobState
 from rbee_contracts.operations import Operation, encode_operation
-
 from rbee_job_server.jobs import Job
 
 LOG_RETENTION_S = 600.0
@@ -107,7 +106,9 @@ class JobRegistry:
         for job in reversed(self._jobs.values()):
             if job.seq >= before:
                 continue
-            if (state is None or job.state == state) and (operation is None or job.operation.name == operation):
+            if (state is None or job.state == state) and (
+                operation is None or job.operation.name == operation
+            ):
                 found.append(job)
                 if len(found) > limit:
                     break
@@ -117,7 +118,9 @@ class JobRegistry:
 
     def sweep(self, now: float) -> None:
         """Drop finished logs and records that are past their bounds. `now` is monotonic."""
-        finished = sorted((job for job in self._jobs.values() if job.is_finished), key=lambda job: job.finished or 0)
+        finished = sorted(
+            (job for job in self._jobs.values() if job.is_finished), key=lambda job: job.finished or 0
+        )
         kept_bytes = sum(job.log.size for job in finished if job.log is not None)
         for job in finished:
             if job.log is None:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Protocol
 import anyio
 import structlog
 from anyio.abc import TaskGroup
+
 from rbee_contracts.errors import DeadlineExceeded, RbeeError, Unavailable
 from rbee_contracts.events import (
     AnyEvent,
@@ -27,7 +28,6 @@ from rbee_contracts.ids import hop_job_id, step_key
 from rbee_contracts.jobs import JobAccepted
 from rbee_contracts.operations import Operation
 from rbee_contracts.sse import START, Position, parse_event_id
-
 from rbee_job_server.context import JobContext
 
 log = structlog.get_logger(__name__)
@@ -193,6 +193,10 @@ class Relay:
             await self._disconnected.wait()
         self._lost = error
         self._connected.set()
+        self.fail_steps(error)
+
+    def fail_steps(self, error: RbeeError) -> None:
+        """Fail what is under way; new steps may still be tried."""
         for sink in self._sinks.values():
             sink.fail(error)
 
@@ -202,7 +206,9 @@ class Relay:
         if self._lost is not None:
             raise self._lost
         if not self._connected.is_set():
-            raise Unavailable(f"{self._name} cannot be reached; try again when it is back.", code="unreachable")
+            raise Unavailable(
+                f"{self._name} cannot be reached; try again when it is back.", code="unreachable"
+            )
 
     async def _cancel_below(self, job_id: str, correlation_id: str) -> None:
         if self._lost is not None:

@@ -3,15 +3,15 @@
 from typing import Any, get_args
 
 import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
 from rbee_contracts.errors import Conflict, InvalidRequest
 from rbee_contracts.ids import is_idempotency_key, is_step_key
 from rbee_contracts.jobs import JobAccepted, JobCancelled, JobState
 from rbee_contracts.operations import decode_operation, unknown_fields
 from rbee_contracts.sse import START, parse_event_id, parse_firehose_id
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
-
 from rbee_job_server.correlation import correlation_id_of
 from rbee_job_server.errors import json_response
 from rbee_job_server.jobs import CancelReason
@@ -28,7 +28,7 @@ def job_routes(server: JobServer) -> list[Route]:
     handlers = _JobRoutes(server)
     return [
         Route("/v1/jobs", handlers.submit, methods=["POST"]),
-        Route("/v1/jobs", handlers.list, methods=["GET"]),
+        Route("/v1/jobs", handlers.list_jobs, methods=["GET"]),
         Route("/v1/jobs/{job_id}", handlers.get, methods=["GET"]),
         Route("/v1/jobs/{job_id}", handlers.cancel, methods=["DELETE"]),
         Route("/v1/jobs/{job_id}/stream", handlers.stream, methods=["GET"]),
@@ -66,7 +66,7 @@ class _JobRoutes:
             return json_response(accepted, 202, {"Preference-Applied": "respond-async"})
         return json_response(accepted)
 
-    async def list(self, request: Request) -> Response:
+    async def list_jobs(self, request: Request) -> Response:
         query = request.query_params
         state = query.get("state")
         if state is not None and state not in get_args(JobState):
@@ -85,8 +85,10 @@ class _JobRoutes:
     async def cancel(self, request: Request) -> Response:
         job = self._server.registry.get(request.path_params["job_id"])
         if not job.cancel(CancelReason.REQUESTED) and job.state != "cancelled":
-            raise Conflict(f"{job.id} has already {job.state}; only a job that has not ended can be cancelled.",
-                           code="job_finished")
+            raise Conflict(
+                f"{job.id} has already {job.state}; only a job that has not ended can be cancelled.",
+                code="job_finished",
+            )
         return json_response(JobCancelled(job_id=job.id))
 
     async def stream(self, request: Request) -> Any:

@@ -13,9 +13,9 @@ import anyio
 import structlog
 import uvicorn
 from msgspec import Struct
-from rbee_contracts.errors import Unavailable
 from starlette.types import ASGIApp
 
+from rbee_contracts.errors import Unavailable
 from rbee_job_server.server import JobServer
 
 log = structlog.get_logger(__name__)
@@ -100,7 +100,12 @@ async def serve(
     exit_code = EXIT_OK
     web = _Server(
         uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2, server_header=False
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=2,
+            server_header=False,
         )
     )
     stop = anyio.Event()

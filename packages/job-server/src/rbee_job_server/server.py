@@ -12,11 +12,11 @@ import anyio
 import structlog
 from anyio.abc import TaskGroup
 from msgspec import Struct
+
 from rbee_contracts.errors import NotImplementedHere, RbeeError, Unavailable
 from rbee_contracts.ids import hop_job_id, is_step_key, new_job_id
 from rbee_contracts.operations import Infer, OpenAI, Operation, WorkerSpawn
 from rbee_contracts.sse import START, Position
-
 from rbee_job_server.clock import Clock, SystemClock
 from rbee_job_server.context import JobContext, enter
 from rbee_job_server.event_log import LogReader
@@ -28,6 +28,7 @@ log = structlog.get_logger(__name__)
 
 Handler: TypeAlias = Callable[[Any, JobContext], Awaitable[Any]]
 Handlers: TypeAlias = Mapping[type[Operation], Handler]
+Admit: TypeAlias = Callable[[Operation], None]
 
 SWEEP_EVERY_S = 1.0
 
@@ -63,6 +64,7 @@ class JobServer:
         service: the kind of service; hop jobs' ids are derived from it.
         actor: who narrates, e.g. `hive/box1`.
         handlers: what executes each operation; an operation without one is 501.
+        admit: called before a job is made; what it raises is the answer to the submit.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class JobServer:
         service: str,
         actor: str,
         handlers: Handlers,
+        admit: Admit = lambda _: None,
         config: JobServerConfig | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -82,6 +85,7 @@ class JobServer:
         self.firehose = Firehose(self.boot, actor, self.clock)
         self.stopping = False
         self._handlers = handlers
+        self._admit = admit
         self._config = config or JobServerConfig()
         self._tasks: TaskGroup | None = None
         self._running = 0
@@ -121,6 +125,7 @@ class JobServer:
             NotImplementedHere: no handler executes this operation.
             Conflict: the key was used for another operation.
             Unavailable: the service is stopping.
+            RbeeError: what `admit` raises.
         """
         operation, key = submission.operation, submission.idempotency_key
         if type(operation) not in self._handlers:
@@ -131,6 +136,7 @@ class JobServer:
             return known
         if self.stopping:
             raise Unavailable("The service is stopping; submit again in a moment.", code="shutting_down")
+        self._admit(operation)
         job = Job(
             job_id=hop_job_id(self.service, key) if key and is_step_key(key) else new_job_id(),
             seq=self.registry.take_seq(),
@@ -199,14 +205,18 @@ class JobServer:
             with anyio.CancelScope(shield=True):
                 async with self._idle:
                     self._idle.notify_all()
-            log.info("job_ended", operation=job.operation.name, state=job.state, code=job.error and job.error.code)
+            log.info(
+                "job_ended", operation=job.operation.name, state=job.state, code=job.error and job.error.code
+            )
 
     async def _handle(self, job: Job, context: JobContext) -> None:
         handler = self._handlers[type(job.operation)]
         try:
             job.complete(await handler(job.operation, context))
         except RbeeError as exc:
-            log.warning("job_failed", code=exc.code, details=exc.details)
+            # The details of a failed inference may quote the prompt.
+            is_private = isinstance(job.operation, Infer | OpenAI)
+            log.warning("job_failed", code=exc.code, details=None if is_private else exc.details)
             job.fail(exc)
         except Exception as exc:
             self._fail_unexpected(job, exc)

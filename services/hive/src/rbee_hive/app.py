@@ -1,0 +1,38 @@
+"""The hive's routes: the job contract, its capabilities and its heartbeats."""
+
+import anyio.to_thread
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from rbee_contracts.nodes import Capabilities
+from rbee_hive import VERSION
+from rbee_hive.devices import Devices
+from rbee_hive.presence import Presence
+from rbee_job_server import EventStreamResponse, JobServer, build_app
+from rbee_job_server.errors import json_response
+
+
+def build_hive_app(hive_id: str, server: JobServer, presence: Presence, devices: Devices) -> Starlette:
+    async def capabilities(_: Request) -> Response:
+        listed = await anyio.to_thread.run_sync(devices.read)
+        return json_response(Capabilities(hive_id=hive_id, version=VERSION, devices=listed))
+
+    async def heartbeats(request: Request) -> EventStreamResponse:
+        """`?follower=queen` says that a queen follows, so that the hive stops announcing itself."""
+        is_queen = request.query_params.get("follower") == "queen"
+        presence.queens += is_queen
+
+        def leave() -> None:
+            presence.queens -= is_queen
+
+        return EventStreamResponse(presence.beats.reader(), on_close=leave)
+
+    return build_app(
+        server,
+        name="hive",
+        service_id=hive_id,
+        version=VERSION,
+        routes=[Route("/v1/capabilities", capabilities), Route("/v1/heartbeats/stream", heartbeats)],
+    )

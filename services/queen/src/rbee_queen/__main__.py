@@ -1,0 +1,25 @@
+"""`rbee-queen`: parse, configure logging, run, exit."""
+
+import sys
+
+import anyio
+
+from rbee_job_server import CannotBind, configure_logging
+from rbee_job_server.serve import EXIT_BAD_CONFIG
+from rbee_queen.config import parse
+from rbee_queen.main import run
+
+
+def main() -> None:
+    config = parse(sys.argv[1:])
+    configure_logging(service="queen", level=config.log_level)
+    try:
+        exit_code = anyio.run(run, config, backend_options={"use_uvloop": True})
+    except CannotBind as exc:
+        print(f"rbee-queen: {exc}", file=sys.stderr)
+        exit_code = EXIT_BAD_CONFIG
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The queen's routes: the job contract, hives' announcements, the cluster's heartbeats."""
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from rbee_contracts.errors import InvalidRequest
+from rbee_contracts.nodes import HiveReady
+from rbee_job_server import EventStreamResponse, JobServer, build_app
+from rbee_job_server.beats import Beats
+from rbee_job_server.errors import json_response
+from rbee_queen import VERSION
+from rbee_queen.fleet import Fleet
+
+_ready_decoder = msgspec.json.Decoder(HiveReady)
+
+
+def build_queen_app(server: JobServer, fleet: Fleet, beats: Beats) -> Starlette:
+    async def hive_ready(request: Request) -> Response:
+        try:
+            ready = _ready_decoder.decode(await request.body())
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+            raise InvalidRequest(f"The body is no announcement of a hive: {exc}") from exc
+        peer = request.client.host if request.client else "127.0.0.1"
+        fleet.announce(ready, peer)
+        return json_response({"status": "ok"})
+
+    async def heartbeats(_: Request) -> EventStreamResponse:
+        return EventStreamResponse(beats.reader(), on_close=lambda: None)
+
+    return build_app(
+        server,
+        name="queen",
+        service_id="queen",
+        version=VERSION,
+        routes=[
+            Route("/v1/hive/ready", hive_ready, methods=["POST"]),
+            Route("/v1/heartbeats/stream", heartbeats),
+        ],
+    )

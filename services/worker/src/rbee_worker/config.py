@@ -1,0 +1,83 @@
+"""The worker's configuration: its command line, read once."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+from msgspec import Struct
+
+from rbee_contracts.ids import MODEL_ID_PATTERN, WORKER_ID_PATTERN
+from rbee_job_server.logs import LEVELS
+from rbee_worker.engine.sim import SimParameters, add_arguments, from_args
+
+
+class WorkerConfig(Struct, frozen=True, kw_only=True):
+    """What `rbee-worker` was started with. `sim` is None with the real engine."""
+
+    model: str
+    served_model_name: str
+    worker_id: str
+    host: str
+    port: int
+    drain_timeout_s: float
+    log_level: str
+    engine_args: list[str]
+    sim: SimParameters | None
+
+
+def parse(argv: list[str]) -> WorkerConfig:
+    """Read the command line; what follows `--` goes to the engine.
+
+    Raises:
+        SystemExit: with status 2 and one clear line, when it cannot be used.
+    """
+    own, engine_args = argv, []
+    if "--" in argv:
+        split = argv.index("--")
+        own, engine_args = argv[:split], argv[split + 1 :]
+    parser = argparse.ArgumentParser(
+        prog="rbee-worker",
+        description="Serve one model with one engine. Started by rbee-hive; can be run by hand.",
+        epilog="Arguments after -- go to vLLM unchanged, as on the command line of `vllm serve`.",
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="PATH_OR_ID", help="a model directory, or a model id"
+    )
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", help="the name requests use (default: from --model)"
+    )
+    parser.add_argument("--worker-id", metavar="ID", help="default: worker-<pid>")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, required=True, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--engine", choices=("vllm", "sim"), default="vllm", help="default: %(default)s")
+    parser.add_argument(
+        "--drain-timeout-s",
+        type=float,
+        default=30.0,
+        help="seconds for running jobs on SIGTERM (default: %(default)s)",
+    )
+    parser.add_argument("--log-level", choices=LEVELS, default="info")
+    add_arguments(
+        parser.add_argument_group("sim", "the model of a GPU engine, for load tests; with --engine sim")
+    )
+    args = parser.parse_args(own)
+    name = args.served_model_name or (Path(args.model).name if Path(args.model).is_dir() else args.model)
+    worker_id = args.worker_id or f"worker-{os.getpid()}"
+    if not re.search(MODEL_ID_PATTERN, name):
+        parser.error(f"{name!r} cannot name a model; give --served-model-name, e.g. my-model or org/my-model")
+    if not re.search(WORKER_ID_PATTERN, worker_id):
+        parser.error(f"--worker-id {worker_id!r} may only have letters, digits, '.', '_' and '-'")
+    if args.engine == "sim" and engine_args:
+        parser.error("the sim engine takes no arguments after --; its own begin with --sim-")
+    return WorkerConfig(
+        model=args.model,
+        served_model_name=name,
+        worker_id=worker_id,
+        host=args.host,
+        port=args.port,
+        drain_timeout_s=args.drain_timeout_s,
+        log_level=args.log_level,
+        engine_args=engine_args,
+        sim=from_args(args) if args.engine == "sim" else None,
+    )

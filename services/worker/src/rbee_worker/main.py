@@ -1,0 +1,48 @@
+"""The worker: one engine, one job server, one process."""
+
+from rbee_contracts.operations import Infer
+from rbee_job_server import JobServer, ServeConfig, bind, serve
+from rbee_worker.app import build_worker_app
+from rbee_worker.config import WorkerConfig
+from rbee_worker.engine.base import Engine
+from rbee_worker.infer import InferHandler
+from rbee_worker.state import WorkerState
+
+
+async def run(config: WorkerConfig) -> int:
+    """Serve until a signal or the engine's end; give the exit code.
+
+    Raises:
+        CannotBind: the port is taken.
+    """
+    sock = bind(config.host, config.port)
+    engine = _engine(config)
+    state = WorkerState(config, engine)
+    server = JobServer(
+        service="worker",
+        actor=f"worker/{config.worker_id}",
+        handlers={Infer: InferHandler(engine, config.served_model_name)},
+        admit=state.admit,
+    )
+
+    async def run_engine() -> None:
+        await state.run_engine(server)
+
+    return await serve(
+        build_worker_app(config, server, state, engine),
+        server,
+        sock,
+        ServeConfig(host=config.host, port=config.port, drain_timeout_s=config.drain_timeout_s),
+        loops=[run_engine],
+        on_stop=engine.stop,
+    )
+
+
+def _engine(config: WorkerConfig) -> Engine:
+    if config.sim is not None:
+        from rbee_worker.engine.sim import SimEngine
+
+        return SimEngine(config.served_model_name, config.sim)
+    from rbee_worker.engine.vllm import VllmEngine
+
+    return VllmEngine(config.model, config.served_model_name, config.engine_args)
