@@ -325,7 +325,7 @@ TerminalEvent: TypeAlias = ExecuteComplete | ExecuteError | ExecuteCancelled | E
 
 EVENTS: dict[str, type[Event]] = {str(t.__struct_config__.tag): t for t in get_args(KnownEvent)}
 
-_decoder = msgspec.json.Decoder(KnownEvent)
+_decoder: msgspec.json.Decoder[KnownEvent] = msgspec.json.Decoder(KnownEvent)
 _narration_decoder = msgspec.json.Decoder(Narration)
 encode_event = msgspec.json.Encoder().encode
 

@@ -265,7 +265,7 @@ _PATTERN_WORDS = {
     HIVE_ID_PATTERN: "an id of 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit",
 }
 
-_decoder = msgspec.json.Decoder(AnyOperation)
+_decoder: msgspec.json.Decoder[AnyOperation] = msgspec.json.Decoder(AnyOperation)
 _encoder = msgspec.json.Encoder()
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _text_decoder = msgspec.json.Decoder(str)

@@ -5,7 +5,7 @@ import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 import msgspec
@@ -37,6 +37,8 @@ class Timeouts(Struct, frozen=True, kw_only=True):
     read: float = 40.0
     resume: float = 60.0
 
+
+T = TypeVar("T")
 
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
@@ -141,7 +143,7 @@ class JobClient:
         params = {name: value for name, value in query.items() if value is not None}
         return _decode(await self._request("GET", "/v1/jobs", params=params), JobPage)
 
-    async def get_json(self, path: str, type_: type[Any] = dict) -> Any:
+    async def get_json(self, path: str, type_: type[T]) -> T:
         """Give the answer of another route of the service, decoded as `type_`."""
         return _decode(await self._request("GET", path), type_)
 
@@ -237,7 +239,7 @@ class JobClient:
             parser.reset()
             await asyncio.sleep(next(delays))
 
-    async def heartbeats(self, query: str, type_: type[Any]) -> AsyncGenerator[Any, None]:
+    async def heartbeats(self, query: str, type_: type[T]) -> AsyncGenerator[T, None]:
         """Give the service's heartbeats, decoded as `type_`, over one connection.
 
         Raises:
@@ -318,7 +320,7 @@ async def _raise_for_status(response: httpx.Response) -> None:
     raise Rejected(body.details, status=response.status_code, code=body.code, title=body.error)
 
 
-def _decode(response: httpx.Response, type_: type[Any]) -> Any:
+def _decode(response: httpx.Response, type_: type[T]) -> T:
     try:
         return msgspec.json.decode(response.content, type=type_)
     except (msgspec.MsgspecError, UnicodeDecodeError) as exc:

@@ -2,7 +2,7 @@
 
 import asyncio
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import anyio
@@ -77,6 +77,7 @@ class Job:
         correlation_id: str,
         idempotency_key: str | None,
         policy: JobPolicy,
+        unknown_fields: Mapping[str, str | None],
         actor: str,
         clock: Clock,
         publish: Publish,
@@ -87,6 +88,7 @@ class Job:
         self.correlation_id = correlation_id
         self.idempotency_key = idempotency_key
         self.policy = policy
+        self._unknown_fields = unknown_fields
         self.actor = actor
         self.state: JobState = "pending"
         self.log: EventLog | None = EventLog()
@@ -143,7 +145,8 @@ class Job:
         if kind is None:
             self.append(Narration(action=action, **fields))
         else:
-            self.append(msgspec.convert(fields | {"action": action}, kind, from_attributes=True))
+            known: Any = msgspec.convert(fields | {"action": action}, kind, from_attributes=True)
+            self.append(known)
 
     def emit_token(self, text: str, data: TokenData | None = None) -> None:
         """Add one item of output."""
@@ -183,6 +186,11 @@ class Job:
         self.started_at = self._clock.timestamp()
         message = f"Executing {self.operation.name}."
         self.append(Execute(formatted=self._formatted(message), **self._common(message)))
+        for name, meant in self._unknown_fields.items():
+            hint = f" Did you mean {meant}?" if meant else ""
+            self.narrate(
+                "warning", f"{self.operation.name} has no field {name[:100]!r}; it was ignored.{hint}"
+            )
         return True
 
     def complete(self, result: Any) -> bool:
@@ -208,7 +216,7 @@ class Job:
                 **self._common(error.details),
             )
         )
-        message = f"{self.operation.name} failed: {error.details}"
+        message = f"{self.operation.name} failed ({error.code})."
         return self._end(
             "failed",
             ExecuteError(code=error.code, formatted=self._formatted(message), **self._common(message)),

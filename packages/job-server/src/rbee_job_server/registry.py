@@ -52,7 +52,7 @@ class JobRegistry:
         job = self._jobs.get(job_id)
         if job is None:
             raise NotFound(
-                f"No job {job_id[:60]!r} here. It was never submitted to this service, or it finished long ago.",
+                f"No job {job_id[:60]!r} here: it was never submitted to this service, or ended long ago.",
                 code="job_not_found",
                 title="Job not found",
             )
@@ -84,7 +84,8 @@ class JobRegistry:
         job = self._by_key.get(key)
         if job is not None and encode_operation(job.operation) != encode_operation(operation):
             raise Conflict(
-                f"Idempotency-Key {key!r} was used for another operation ({job.id}). Use a new key for new work.",
+                f"Idempotency-Key {key!r} was used for another operation ({job.id}). "
+                "Use a new key for new work.",
                 code="idempotency_conflict",
             )
         return job

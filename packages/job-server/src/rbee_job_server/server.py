@@ -144,15 +144,13 @@ class JobServer:
             correlation_id=submission.correlation_id,
             idempotency_key=key,
             policy=_policy(submission),
+            unknown_fields=submission.unknown_fields,
             actor=self.actor,
             clock=self.clock,
             publish=self.firehose.publish,
         )
         self.registry.add(job)
         log.info("job_accepted", job_id=job.id, operation=operation.name, correlation_id=job.correlation_id)
-        for name, meant in submission.unknown_fields.items():
-            hint = f" Did you mean {meant}?" if meant else ""
-            job.narrate("warning", f"{operation.name} has no field {name[:100]!r}; it was ignored.{hint}")
         if job.policy.starts_at_once:
             self._start(job)
         else:

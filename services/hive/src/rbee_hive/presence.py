@@ -37,8 +37,9 @@ class Presence:
         self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
 
     async def beat(self) -> None:
-        """Publish a heartbeat every second, for ever."""
+        """Publish a heartbeat every second, and at once when a worker changes, for ever."""
         while True:
+            changed = self._workers.changed
             devices = await anyio.to_thread.run_sync(self._devices.read)
             models = await anyio.to_thread.run_sync(self._models.find)
             self.beats.publish(
@@ -52,7 +53,8 @@ class Presence:
                     models=models,
                 )
             )
-            await anyio.sleep(BEAT_EVERY_S)
+            with anyio.move_on_after(BEAT_EVERY_S):
+                await changed.wait()
 
     async def announce(self, port: int) -> None:
         """Tell the queen that this hive is here, whenever no queen follows it, for ever."""

@@ -16,7 +16,10 @@ TAIL_BYTES = 16_384
 
 
 class WorkerProcess:
-    """A process and its group. Give signals through here only: after `exit_code` is known the pid is no longer ours."""
+    """A process and its group.
+
+    Only this class signals it: once `exit_code` is known, the pid may be anybody's.
+    """
 
     def __init__(self, process: Process, log_path: Path) -> None:
         self._process = process

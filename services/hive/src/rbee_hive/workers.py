@@ -57,6 +57,7 @@ class Worker:
         self.started_at = datetime.now(UTC).isoformat(timespec="seconds")
         self.client = JobClient(f"http://{HOST}:{port}")
         self.relay = Relay(service="worker", name=f"worker {worker_id}", client=self.client)
+        self.ready = anyio.Event()
         self.exited = anyio.Event()
         self.finished = anyio.Event()
 
@@ -95,12 +96,22 @@ class Workers:
         self._environ = dict(environ)
         self._workers: dict[str, Worker] = {}
         self._tasks: TaskGroup | None = None
+        self.changed = anyio.Event()
+        """Set, and replaced, when a worker comes, goes or changes its state."""
 
     async def run(self) -> None:
         """Own the tasks that watch workers, until cancelled."""
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
             await anyio.sleep_forever()
+
+    def _set_state(self, worker: Worker, state: WorkerState) -> None:
+        worker.state = state
+        self._announce_change()
+
+    def _announce_change(self) -> None:
+        self.changed.set()
+        self.changed = anyio.Event()
 
     def infos(self) -> list[WorkerInfo]:
         return [worker.info() for worker in self._workers.values()]
@@ -168,7 +179,7 @@ class Workers:
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self._end(worker, grace_s=0.5)
-            self._workers.pop(worker.id, None)
+            self._forget(worker)
             raise
         spawned = SpawnedWorker(
             worker_id=worker.id, pid=worker.process.pid, port=worker.port, model=op.model, devices=devices
@@ -220,6 +231,7 @@ class Workers:
             worker_id=worker_id, model=op.model, kind=kind, devices=devices, port=port, process=process
         )
         self._workers[worker_id] = worker
+        self._announce_change()
         assert self._tasks is not None
         self._tasks.start_soon(self._watch, worker)
         log.info("worker_started", worker_id=worker_id, pid=process.pid, port=port, model=op.model)
@@ -241,7 +253,8 @@ class Workers:
         while not worker.exited.is_set():
             waited = anyio.current_time() - started
             if await self._poll(worker):
-                worker.state = "ready"
+                self._set_state(worker, "ready")
+                worker.ready.set()
                 log.info("worker_ready", worker_id=worker.id, after_s=round(waited, 1))
                 return
             if waited - narrated >= NARRATE_EVERY_S:
@@ -277,22 +290,23 @@ class Workers:
 
     async def _watch(self, worker: Worker) -> None:
         """Follow a worker's events and load until its process has ended; then settle what that means."""
+        # The spawn's job started this task; its ids are not ours.
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(worker_id=worker.id)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(worker.relay.run)
-            tasks.start_soon(self._poll_load, worker)
+            tasks.start_soon(self._follow, worker)
             code = await worker.process.wait()
             worker.exited.set()
             was_wanted = worker.state == "stopping"
             log.log(
                 20 if was_wanted else 40,
                 "worker_exited",
-                worker_id=worker.id,
                 pid=worker.process.pid,
                 exit_code=code,
                 state=worker.state,
             )
-            worker.state = "stopped" if was_wanted else "failed"
             worker.load = EngineLoad()
+            self._set_state(worker, "stopped" if was_wanted else "failed")
             await worker.relay.lose(
                 WorkerLost(f"{worker.id} of hive {self._config.hive_id} {_exit_text(code)} under the job.")
             )
@@ -301,11 +315,22 @@ class Workers:
         self._forget_old_failures()
         worker.finished.set()
 
+    async def _follow(self, worker: Worker) -> None:
+        """Take a ready worker's events and load; before that it has none."""
+        await worker.ready.wait()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(worker.relay.run)
+            tasks.start_soon(self._poll_load, worker)
+
     async def _poll_load(self, worker: Worker) -> None:
         while True:
             await anyio.sleep(POLL_READY_S)
             if worker.state == "ready":
                 await self._poll(worker)
+
+    def _forget(self, worker: Worker) -> None:
+        self._workers.pop(worker.id, None)
+        self._announce_change()
 
     def _forget_old_failures(self) -> None:
         """Keep the newest failures for `worker_list`; what was stopped on request goes at once."""
@@ -323,7 +348,7 @@ class Workers:
         """
         worker = self.get(worker_id)
         await self._end(worker, grace_s)
-        self._workers.pop(worker_id, None)
+        self._forget(worker)
         return worker.info()
 
     async def stop_all(self) -> None:
@@ -334,7 +359,7 @@ class Workers:
 
     async def _end(self, worker: Worker, grace_s: float) -> None:
         if not worker.exited.is_set():
-            worker.state = "stopping"
+            self._set_state(worker, "stopping")
             await worker.process.stop(grace_s)
         await worker.finished.wait()
 

@@ -25,6 +25,7 @@ LOST_AFTER_S = 30.0
 """Silence after which the jobs on a hive end with `hive_lost`."""
 
 RECONNECT_S = 0.5
+SEEN_TIMEOUT_S = 3.0
 WATCH_EVERY_S = 0.5
 
 
@@ -42,6 +43,8 @@ class Hive:
         self.last_seen = now
         self.scope = anyio.CancelScope()
         self.assigned: dict[str, int] = {}
+        self.beaten = anyio.Event()
+        """Set, and replaced, at each heartbeat."""
 
     def _new_relay(self) -> Relay:
         return Relay(service="hive", name=f"hive {self.id}", client=self.client)
@@ -110,7 +113,8 @@ class Fleet:
         if hive_id is None:
             if not self._hives:
                 raise Unavailable(
-                    "No hive has announced itself to this queen. Start one: rbee-hive --queen-url URL-OF-THIS-QUEEN",
+                    "No hive has announced itself to this queen. "
+                    "Start one: rbee-hive --queen-url URL-OF-THIS-QUEEN",
                     code="no_hive",
                 )
             if len(self._hives) > 1:
@@ -127,6 +131,18 @@ class Fleet:
                 code="hive_unreachable",
             )
         return hive
+
+    async def until_seen(self, hive: Hive, worker_id: str, *, is_ready: bool) -> None:
+        """Wait, a little, until the hive's heartbeats show a worker as ready (or as gone).
+
+        What a job has just done is then true for the next request.
+        """
+        with anyio.move_on_after(SEEN_TIMEOUT_S):
+            while is_ready != any(
+                worker.worker_id == worker_id and worker.state == "ready"
+                for worker in (hive.heartbeat.workers if hive.heartbeat else [])
+            ):
+                await hive.beaten.wait()
 
     def snapshot(self) -> Snapshot:
         """Take what the scheduler needs, as it is now."""
@@ -167,7 +183,8 @@ class Fleet:
                 return
             if known.url != url and known.state(self._now()) == "online":
                 raise Conflict(
-                    f"Hive {ready.hive_id!r} is already online at {known.url}. Give one of the two another --hive-id.",
+                    f"Hive {ready.hive_id!r} is already online at {known.url}. "
+                    "Give one of the two another --hive-id.",
                     code="hive_id_taken",
                 )
             if known.url == url:
@@ -182,6 +199,9 @@ class Fleet:
 
     async def _follow(self, hive: Hive) -> None:
         """Keep the line to a hive: its heartbeats, its events, and what its silence means."""
+        # The announcement's request started this task; its ids are not ours.
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(hive_id=hive.id)
         async with hive.client:
             with hive.scope:
                 async with anyio.create_task_group() as tasks:
@@ -197,16 +217,18 @@ class Fleet:
                     async for beat in beats:
                         self._take(hive, beat)
             except RbeeError as exc:
-                log.info("hive_heartbeats_lost", hive_id=hive.id, reason=exc.details)
+                log.info("hive_heartbeats_lost", reason=exc.details)
             await anyio.sleep(RECONNECT_S)
 
     def _take(self, hive: Hive, beat: HiveHeartbeat) -> None:
         if hive.heartbeat is None or hive.state(self._now()) == "unreachable":
-            log.info("hive_online", hive_id=hive.id, url=hive.url)
+            log.info("hive_online", url=hive.url)
         hive.heartbeat = beat
         hive.boot = beat.boot
         hive.version = beat.version
         hive.last_seen = self._now()
+        hive.beaten.set()
+        hive.beaten = anyio.Event()
 
     async def _watch(self, hive: Hive) -> None:
         """Note when a hive falls silent, and give up its jobs when that lasts."""
@@ -217,7 +239,7 @@ class Fleet:
             silence_s = self._now() - hive.last_seen
             state = hive.state(self._now())
             if state != was and state == "unreachable":
-                log.warning("hive_unreachable", hive_id=hive.id, silence_s=round(silence_s, 1))
+                log.warning("hive_unreachable", silence_s=round(silence_s, 1))
             was = state
             if silence_s <= LOST_AFTER_S:
                 gave_up = False

@@ -18,6 +18,8 @@ from rbee_contracts.operations import (
     OnHive,
     ScheduleExplain,
     Status,
+    WorkerSpawn,
+    WorkerStop,
 )
 from rbee_job_server import Handlers, JobContext
 from rbee_queen import VERSION
@@ -59,7 +61,10 @@ class QueenHandlers:
     async def forward(self, op: HiveOperation, context: JobContext) -> Any:
         """Have a hive execute one of its operations."""
         hive = self._fleet.reachable(op.hive_id)
-        return await hive.relay.perform(context, msgspec.structs.replace(op, hive_id=hive.id), step=op.name)
+        result = await hive.relay.perform(context, msgspec.structs.replace(op, hive_id=hive.id), step=op.name)
+        if isinstance(op, WorkerSpawn | WorkerStop):
+            await self._fleet.until_seen(hive, result["worker_id"], is_ready=isinstance(op, WorkerSpawn))
+        return result
 
     async def status(self, _: Status, __: JobContext) -> StatusResult:
         uptime_s = round(time.monotonic() - self._started, 1)

@@ -101,7 +101,7 @@ class VllmEngine:
             config, usage_context = self._engine_config(args)
         except RbeeError:
             raise
-        except (ValueError, TypeError, NotImplementedError) as exc:
+        except _client_errors() as exc:
             raise InvalidRequest(f"vLLM refuses the engine's arguments: {_one_line(exc)}") from exc
         except Exception as exc:
             raise EngineStartFailed(f"vLLM cannot read model {self._model!r}: {_one_line(exc)}") from exc
@@ -162,7 +162,9 @@ class VllmEngine:
             args = parser.parse_args(
                 [*arguments, "--model", self._model, "--served-model-name", self._served_name]
             )
-        except (SystemExit, argparse.ArgumentError, OSError) as exc:
+        except SystemExit as exc:
+            raise InvalidRequest("bad engine argument: one that only prints and exits, as --help") from exc
+        except (argparse.ArgumentError, OSError) as exc:
             raise InvalidRequest(f"bad engine argument: {_one_line(exc)}") from exc
         for name in _REFUSED_ARGUMENTS:
             if getattr(args, name, None):
