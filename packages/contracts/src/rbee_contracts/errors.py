@@ -57,6 +57,8 @@ class RbeeError(Exception):
         self.code = code or self.default_code
         self.error = title or self.title
         self.retryable = self.default_retryable if retryable is None else retryable
+        self.actor: str | None = None
+        """Who failed, where it was a service below; None where it was this one."""
 
     def body(self, correlation_id: str = "") -> ErrorBody:
         return ErrorBody(

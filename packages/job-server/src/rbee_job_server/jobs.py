@@ -208,12 +208,13 @@ class Job:
         if self.is_finished:
             return False
         self.error = JobError(code=error.code, message=error.details, retryable=error.retryable)
+        actor = error.actor or self.actor
         self.append(
             Error(
                 code=error.code,
                 retryable=error.retryable,
-                formatted=self._formatted(error.details),
-                **self._common(error.details),
+                formatted=f"[{actor}] {error.details}",
+                **self._common(error.details) | {"actor": actor},
             )
         )
         message = f"{self.operation.name} failed ({error.code})."

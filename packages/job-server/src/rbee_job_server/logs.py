@@ -18,22 +18,22 @@ def configure_logging(*, service: str, level: str = "info", stream: TextIO | Non
         stream: standard error by default; JSON where it is not a terminal.
     """
     stream = stream or sys.stderr
-    to_person = stream.isatty()
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
+        structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _add_service(service),
     ]
     renderers: list[Processor] = (
         [structlog.dev.ConsoleRenderer()]
-        if to_person
+        if stream.isatty()
         else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(ensure_ascii=False)]
     )
+    # Ours goes straight to the stream: what vLLM imports sets the root logger's level as it likes.
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[*shared, *renderers],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.stdlib.LoggerFactory(),
+        logger_factory=structlog.WriteLoggerFactory(stream),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(stream)

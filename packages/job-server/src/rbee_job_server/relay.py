@@ -271,6 +271,8 @@ def _failure_of(event: ExecuteError | ExecuteTimeout | ExecuteCancelled, error: 
                 code="cancelled_below",
             )
         case ExecuteError() if error is not None:
-            return LowerJobFailed(error.message, code=error.code, retryable=error.retryable)
+            failure = LowerJobFailed(error.message, code=error.code, retryable=error.retryable)
+            failure.actor = error.actor
+            return failure
         case _:
             return LowerJobFailed(event.message, code=event.code)

@@ -41,10 +41,8 @@ class Output(Struct, frozen=True):
 
 async def run(engine: Engine, request_id: str = "test", **fields: Any) -> Output:
     """Run one request to its end and check the order of what comes."""
-    items = []
     async with aclosing(engine.generate(request_id, Infer(model=MODEL, **fields))) as stream:
-        async for item in stream:
-            items.append(item)
+        items = [item async for item in stream]
     *deltas, result = items
     assert isinstance(result, InferResult)
     assert all(isinstance(d, Delta) for d in deltas)
@@ -53,7 +51,7 @@ async def run(engine: Engine, request_id: str = "test", **fields: Any) -> Output
 
 async def until_idle(engine: Engine) -> None:
     with anyio.fail_after(1):
-        while engine.load().running or engine.load().waiting:
+        while engine.load().running or engine.load().waiting:  # noqa: ASYNC110
             await anyio.sleep(0.002)
 
 
@@ -106,7 +104,7 @@ class EngineContract:
         stream = started.engine.generate("test", op)
         await anext(stream)
         with anyio.fail_after(5):
-            while not started.engine.load().running:
+            while not started.engine.load().running:  # noqa: ASYNC110
                 await anyio.sleep(0.002)
 
         await stream.aclose()
@@ -140,14 +138,14 @@ class EngineContract:
     @pytest.mark.parametrize("kind", ["tokens", "text", "messages"])
     async def test_refuses_a_prompt_that_fills_the_context(self, started: Started, kind: str) -> None:
         words = "word " * started.max_model_len * 2
-        fields: dict[str, Any] = {
+        kinds: dict[str, dict[str, Any]] = {
             "tokens": {"prompt": [7] * started.max_model_len},
             "text": {"prompt": words},
             "messages": {"messages": [{"role": "user", "content": words}]},
-        }[kind]
+        }
 
         with pytest.raises(InvalidRequest) as caught:
-            await run(started.engine, **fields)
+            await run(started.engine, **kinds[kind])
 
         assert caught.value.code == "context_length_exceeded"
         assert str(started.max_model_len) in caught.value.details

@@ -38,7 +38,9 @@ def cpu_defaults(
 ) -> Defaults:
     """Choose vLLM's settings on a CPU; each gives way to the user's argument or variable.
 
-    - `--enforce-eager`: torch.compile adds some 40 s to a start and saves little on a CPU.
+    - `--enforce-eager`: torch.compile adds some 40 s to a start and saves little on a CPU. And
+      `TORCHDYNAMO_DISABLE`, as vLLM's sampler has compiled parts all the same: the first request with
+      `logprobs` took 23 s, and every other request waited for it.
     - the uni executor (and `VLLM_ENABLE_V1_MULTIPROCESSING=0`, without which vLLM makes `mp` of it): one
       process less, about 0.4 GiB and 10 s.
     - `OMP_NUM_THREADS`: one core stays free for this process; vLLM's threads spin.
@@ -55,6 +57,7 @@ def cpu_defaults(
         return Defaults(arguments=arguments, environment=variables)
     if not named & _COMPILE_FLAGS:
         arguments.append("--enforce-eager")
+        variables["TORCHDYNAMO_DISABLE"] = "1"
     if not named & _EXECUTOR_FLAGS:
         arguments += ["--distributed-executor-backend", "uni"]
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

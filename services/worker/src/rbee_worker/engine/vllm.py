@@ -64,6 +64,7 @@ class VllmEngine:
         self._served_name = served_name
         self._engine_args = engine_args
         self._owned = OwnedProcesses()
+        self._cores: list[Any] = []
         self._loads = LoadRecorder()
         self._exits = AsyncExitStack()
         self._engine: Any = None
@@ -86,6 +87,8 @@ class VllmEngine:
             await self.stop()
             raise
         self._owned.scan()
+        ours = set(self._owned.alive())
+        self._cores = [process for process in multiprocessing.active_children() if process.pid in ours]
         model_config = self._engine.model_config
         import vllm
 
@@ -247,14 +250,22 @@ class VllmEngine:
         """Wait for the engine's death; see `Engine.died`. A poll catches a failure that ends no process."""
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
+        gone: list[Any] = []
         fds: list[int] = []
-        processes = [p for p in multiprocessing.active_children() if p.pid in set(self._owned.alive())]
+
+        def note(process: Any) -> None:
+            gone.append(process)
+            ended.set()
+
         try:
-            for process in processes:
-                with suppress(OSError):
-                    fd = os.pidfd_open(process.pid or 0)
-                    fds.append(fd)
-                    loop.add_reader(fd, ended.set)
+            for process in self._cores:
+                try:
+                    fd = os.pidfd_open(process.pid)
+                except OSError:
+                    note(process)
+                    continue
+                fds.append(fd)
+                loop.add_reader(fd, note, process)
             while not ended.is_set() and self._engine is not None and not self._engine.errored:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(ended.wait(), _DEATH_POLL_S)
@@ -264,8 +275,9 @@ class VllmEngine:
                 os.close(fd)
         if self._is_abandoned:
             await asyncio.Event().wait()
-        gone = [f"{p.name} (pid {p.pid}, exit code {p.exitcode})" for p in processes if not p.is_alive()]
-        return f"engine process {', '.join(gone)} has ended" if gone else "the engine core has failed"
+        if not gone:
+            return "the engine core has failed"
+        return "; ".join(f"engine process {p.name} (pid {p.pid}) has ended" for p in gone)
 
     # --- use -------------------------------------------------------------------------------------------
 

@@ -66,18 +66,19 @@ _HELP = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a `--sim-...` flag for each parameter."""
-    group = parser.add_argument_group("sim engine")
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add a `--sim-...` flag for each parameter to a parser or to a group of one."""
     for field in msgspec.structs.fields(SimParameters):
         flag = "--sim-" + field.name.replace("_", "-")
         words = _HELP[field.name]
         if isinstance(field.default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=words)
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=field.default, help=words
+            )
         elif field.default is None:
-            group.add_argument(flag, metavar="N", default=None, help=words)
+            parser.add_argument(flag, metavar="N", default=None, help=words)
         else:
-            group.add_argument(
+            parser.add_argument(
                 flag, metavar="N", default=field.default, help=f"{words} (default {field.default})"
             )
 
