@@ -1,6 +1,7 @@
 """Every operation that `POST /v1/jobs` takes, one struct each, and how a body becomes one."""
 
 import difflib
+import itertools
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import msgspec
@@ -11,6 +12,9 @@ from rbee_contracts.ids import HIVE_ID_PATTERN, MODEL_ID_PATTERN, HiveId, ModelI
 
 MAX_PROMPT_CHARS = 4_000_000
 MAX_TOKENS = 10_000_000
+MAX_UNKNOWN_NAMED = 20
+"""Unknown fields that are named to the caller; a body may have a million."""
+
 
 Seconds = Annotated[float, Meta(gt=0, le=7 * 86_400)]
 DeviceIndex = Annotated[int, Meta(ge=0, le=1023)]
@@ -304,10 +308,17 @@ def decode_operation(body: bytes) -> AnyOperation:
 def unknown_fields(body: bytes, operation: Operation) -> dict[str, str | None]:
     """Find the fields of `body` that `operation` does not know, each with the likeliest meant name.
 
-    `body` must have decoded to `operation`.
+    At most `MAX_UNKNOWN_NAMED` of them. `body` must have decoded to `operation`.
+
+    Raises:
+        InvalidRequest: a name is not UTF-8, which decoding passes over.
     """
     known = set(operation.__struct_fields__) | {"operation"}
-    unknown = [name for name in _fields_decoder.decode(body) if name not in known]
+    try:
+        fields = _fields_decoder.decode(body)
+    except UnicodeError as exc:
+        raise _invalid_json(str(exc)) from exc
+    unknown = itertools.islice((name for name in fields if name not in known), MAX_UNKNOWN_NAMED)
     return {
         name: next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.6)), None) for name in unknown
     }
@@ -324,6 +335,8 @@ def _invalid_json(reason: str) -> InvalidRequest:
 def _readable(exc: msgspec.ValidationError) -> str:
     """Say in words what msgspec says as a regular expression."""
     text = str(exc)
+    if len(text) > 500:  # an enum's error quotes the whole value
+        text = f"{text[:400]} … {text[-80:]}"
     for pattern, words in _PATTERN_WORDS.items():
         text = text.replace(f"`str` matching regex {pattern!r}", words)
     return text

@@ -1,4 +1,7 @@
-"""Which result each operation gives: the `data` of its `execute_complete`."""
+"""Which result each operation gives: the `data` of its `execute_complete`.
+
+An operation that is not here has no handler anywhere in this version; it is 501.
+"""
 
 from typing import Any
 

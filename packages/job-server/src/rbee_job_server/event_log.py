@@ -46,12 +46,12 @@ class EventLog:
         if self.closed:
             raise RuntimeError(f"event {event.action!r} after the terminal event of {event.job_id}")
         kind = event.kind
+        body = encode_event(event)  # may raise: before anything is changed
         if kind == "output":
             self.outputs += 1
         else:
             self.narrations += 1
             self.closed = kind == "terminal"
-        body = encode_event(event)
         frame = b"id: %d-%d\ndata: %b\n\n" % (self.narrations, self.outputs, body)
         self._entries.append(Entry(self.narrations, self.outputs, kind == "output", frame))
         self.size += len(frame)

@@ -167,7 +167,8 @@ class Follower:
         head, self._head = self._head, b""
         self._seq, frames, missed = self._firehose.frames_after(self._seq, output=self._output)
         if missed:
-            frames.insert(0, self._firehose.gap_frame(self._seq))
+            # Its id is the place before what follows, in case the connection breaks right after it.
+            frames.insert(0, self._firehose.gap_frame(self._seq - len(frames)))
         self.finished = self._firehose.closed
         return head + b"".join(frames)
 

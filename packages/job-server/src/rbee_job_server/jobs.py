@@ -197,11 +197,12 @@ class Job:
         if self.is_finished:
             return False
         message = f"{self.operation.name} completed."
-        self.result = result
-        return self._end(
+        ended = self._end(
             "completed",
             ExecuteComplete(data=result, formatted=self._formatted(message), **self._common(message)),
         )
+        self.result = result
+        return ended
 
     def fail(self, error: RbeeError) -> bool:
         """End as failed: an `error` event, then the terminal one."""
@@ -253,13 +254,13 @@ class Job:
     def _end(self, state: JobState, event: TerminalEvent) -> bool:
         if self.is_finished:
             return False
+        self.append(event)  # may raise, for a result that cannot be encoded: then the job has not ended
         self.state = state
         self.finished = self._clock.monotonic()
         self.finished_at = self._clock.timestamp()
         self.disarm()
         if self.deadline_timer is not None:
             self.deadline_timer.cancel()
-        self.append(event)
         return True
 
     def _stop_handler(self) -> None:

@@ -67,7 +67,15 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers; `serve` below owns them."""
+    """uvicorn without its signal handlers, which `serve` below owns, and with a word when it answers."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = anyio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -134,6 +142,7 @@ async def serve(
             await web.serve(sockets=[sock])
         finally:
             web_ended.set()
+            web.listening.set()
             stop.set()
 
     async with anyio.create_task_group() as group, _signals() as received:
@@ -151,8 +160,7 @@ async def serve(
             group.start_soon(supervised, loop, getattr(loop, "__qualname__", repr(loop)))
         group.start_soon(wait_for_signals)
         group.start_soon(run_web)
-        while not web.started and not stop.is_set():
-            await anyio.sleep(0.005)
+        await web.listening.wait()
         host, port = sock.getsockname()[:2]
         log.info("listening", host=host, port=port)
         if on_listening is not None:

@@ -1,1 +1,1 @@
-"""The command line of rbee."""
+"""The keeper: the command line tool `rbee`."""

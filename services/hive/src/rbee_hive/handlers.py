@@ -4,6 +4,7 @@ from typing import Any
 
 import anyio.to_thread
 
+from rbee_contracts.errors import NotFound
 from rbee_contracts.events import InferResult, Placement, SpawnedWorker
 from rbee_contracts.nodes import DeviceListResult, ModelInfo, ModelListResult, WorkerInfo, WorkerListResult
 from rbee_contracts.operations import (
@@ -11,6 +12,7 @@ from rbee_contracts.operations import (
     Infer,
     ModelGet,
     ModelList,
+    Operation,
     WorkerGet,
     WorkerList,
     WorkerSpawn,
@@ -30,6 +32,20 @@ class HiveHandlers:
         self._workers = workers
         self._devices = devices
         self._models = models
+
+    def admit(self, operation: Operation) -> None:
+        """Refuse what is meant for another hive.
+
+        Raises:
+            NotFound: it names another hive.
+        """
+        named = getattr(operation, "hive_id", None)
+        if named not in (None, self._hive_id):
+            raise NotFound(
+                f"This is hive {self._hive_id!r}, not {named!r}. Send it to that hive, or to the queen.",
+                code="hive_not_found",
+                title="Hive not found",
+            )
 
     def table(self) -> Handlers:
         return {

@@ -23,10 +23,12 @@ async def run(config: HiveConfig, environ: Mapping[str, str]) -> int:
     devices.open()
     models = Models(config.models_dir)
     workers = Workers(config, devices, models, environ)
+    handlers = HiveHandlers(config.hive_id, workers, devices, models)
     server = JobServer(
         service="hive",
         actor=f"hive/{config.hive_id}",
-        handlers=HiveHandlers(config.hive_id, workers, devices, models).table(),
+        handlers=handlers.table(),
+        admit=handlers.admit,
     )
     presence = Presence(config, server.boot, workers, devices, models)
 

@@ -21,6 +21,7 @@ from rbee_contracts.operations import (
     WorkerSpawn,
     WorkerStop,
 )
+from rbee_contracts.results import RESULTS
 from rbee_job_server import Handlers, JobContext
 from rbee_queen import VERSION
 from rbee_queen.fleet import Fleet, Hive
@@ -35,7 +36,7 @@ class QueenHandlers:
         self._started = time.monotonic()
 
     def table(self) -> Handlers:
-        forwarded = dict.fromkeys(get_args(OnHive), self.forward)
+        forwarded = {operation: self.forward for operation in get_args(OnHive) if operation in RESULTS}
         return forwarded | {
             Infer: self.infer,
             Status: self.status,

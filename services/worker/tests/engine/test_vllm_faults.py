@@ -1,5 +1,6 @@
 """How a real vLLM engine starts badly, dies and ends; each test has an engine of its own."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import httpx
 import pytest
 
 from rbee_contracts.errors import InvalidRequest
@@ -40,8 +42,8 @@ async def processes() -> AsyncIterator[OwnedProcesses]:
     """The processes the test leaves: none."""
     owned = OwnedProcesses()
     yield owned
-    owned.scan()
     assert owned.kill() == []
+    gc.collect()  # What vLLM leaves unclosed after a failed start warns here, where warnings are let be.
 
 
 def engine_cores(processes: OwnedProcesses) -> list[int]:
@@ -77,7 +79,7 @@ async def test_tells_of_its_death_and_ends_open_generators(model: str, processes
         os.kill(pid, signal.SIGKILL)
 
     cause, told = deaths[0]
-    assert f"pid {pid}" in cause
+    assert cause == f"engine process EngineCore (pid {pid}) has ended"
     assert told - killed < 0.25
     assert errors[0] - killed < 2
     with pytest.raises(EngineDied):
@@ -103,7 +105,14 @@ async def test_tells_of_its_death_when_idle(model: str, processes: OwnedProcesse
     with anyio.fail_after(0.25):
         cause = await engine.died()
 
-    assert f"pid {pid}" in cause
+    assert cause == f"engine process EngineCore (pid {pid}) has ended"
+    transport = httpx.ASGITransport(engine.http_app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+        with anyio.fail_after(2):
+            while (await client.get("/health")).status_code != 503:
+                await anyio.sleep(0.01)
+        body = {"model": "m", "prompt": "A job", "max_tokens": 3}
+        assert (await client.post("/v1/completions", json=body)).status_code >= 500
     await engine.stop()
 
 

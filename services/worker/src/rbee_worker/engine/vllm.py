@@ -101,7 +101,7 @@ class VllmEngine:
         defaults = self._set_environment()
         try:
             args = self._parse([*defaults, *self._engine_args])
-            config, usage_context = self._engine_config(args)
+            engine_args, config, usage_context = self._engine_config(args)
         except RbeeError:
             raise
         except _client_errors() as exc:
@@ -120,9 +120,9 @@ class VllmEngine:
                 vllm_config=config,
                 usage_context=usage_context,
                 stat_loggers=[lambda _config, _index=0: self._loads],
-                enable_log_requests=args.enable_log_requests,
-                aggregate_engine_logging=args.aggregate_engine_logging,
-                disable_log_stats=args.disable_log_stats,
+                enable_log_requests=engine_args.enable_log_requests,
+                aggregate_engine_logging=engine_args.aggregate_engine_logging,
+                disable_log_stats=engine_args.disable_log_stats,
             )
         except Exception as exc:
             raise EngineStartFailed(f"vLLM cannot load model {self._model!r}: {_one_line(exc)}") from exc
@@ -178,7 +178,7 @@ class VllmEngine:
         validate(args)
         return args
 
-    def _engine_config(self, args: Any) -> tuple[Any, Any]:
+    def _engine_config(self, args: Any) -> tuple[Any, Any, Any]:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.reasoning import ReasoningParserManager
         from vllm.tool_parsers import ToolParserManager
@@ -188,8 +188,9 @@ class VllmEngine:
             ToolParserManager.import_tool_parser(args.tool_parser_plugin)
         if getattr(args, "reasoning_parser_plugin", None):
             ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+        engine_args = AsyncEngineArgs.from_cli_args(args)
         context = UsageContext.OPENAI_API_SERVER
-        return AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=context), context
+        return engine_args, engine_args.create_engine_config(usage_context=context), context
 
     async def _build_app(self, args: Any) -> None:
         engine = self._engine
@@ -253,9 +254,11 @@ class VllmEngine:
         gone: list[Any] = []
         fds: list[int] = []
 
-        def note(process: Any) -> None:
+        def note(process: Any, fd: int | None = None) -> None:
             gone.append(process)
             ended.set()
+            if fd is not None:
+                loop.remove_reader(fd)
 
         try:
             for process in self._cores:
@@ -265,7 +268,7 @@ class VllmEngine:
                     note(process)
                     continue
                 fds.append(fd)
-                loop.add_reader(fd, note, process)
+                loop.add_reader(fd, note, process, fd)
             while not ended.is_set() and self._engine is not None and not self._engine.errored:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(ended.wait(), _DEATH_POLL_S)

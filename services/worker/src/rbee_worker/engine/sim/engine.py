@@ -13,7 +13,6 @@ from rbee_contracts.operations import Infer
 from rbee_worker import VERSION
 from rbee_worker.engine.base import Delta, EngineDied, EngineInfo, EngineStartFailed
 from rbee_worker.engine.sim.model import Emission, SimModel, SimSequence
-from rbee_worker.engine.sim.openai_app import build_app
 from rbee_worker.engine.sim.parameters import SimParameters
 from rbee_worker.engine.sim.text import Text, count_tokens, hash_prompt
 
@@ -47,6 +46,9 @@ class SimEngine:
         await anyio.sleep(self._parameters.start_s)
         if self._parameters.fail_start:
             raise EngineStartFailed("the sim engine was told to fail its start")
+        # Only now, so that reading a command line does not load a web framework.
+        from rbee_worker.engine.sim.openai_app import build_app
+
         self._death = asyncio.get_running_loop().create_future()
         self._app = build_app(self)
         return EngineInfo(engine="sim", version=VERSION, max_model_len=self._parameters.max_model_len)

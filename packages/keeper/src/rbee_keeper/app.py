@@ -1,0 +1,47 @@
+"""The command line as a whole: every command, and the options that may stand before one."""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from rbee_keeper.command import HiveOption, JsonOption, QueenOption
+from rbee_keeper.commands import infer, job, node, up, worker
+from rbee_keeper.settings import Options
+
+
+def build_app() -> typer.Typer:
+    """Give the application `rbee`."""
+    app = typer.Typer(
+        name="rbee",
+        help="Run models on the machines you own. Begin with: rbee up",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    def show_version(is_wanted: bool) -> None:
+        if is_wanted:
+            typer.echo(f"rbee {version('rbee-keeper')}")
+            raise typer.Exit
+
+    @app.callback()
+    def options(
+        context: typer.Context,
+        queen: QueenOption = None,
+        hive: HiveOption = None,
+        json: JsonOption = False,
+        _version: Annotated[
+            bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+        ] = False,
+    ) -> None:
+        context.obj = Options(queen=queen, hive=hive, json=json)
+
+    up.register(app)
+    node.register_status(app)
+    infer.register(app)
+    worker.register(app)
+    job.register(app)
+    node.register_lists(app)
+    return app

@@ -1,0 +1,281 @@
+"""A prompt goes queen → hive → worker → real vLLM, and its tokens come back; and what breaks on the way."""
+
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from rbee_processes import Cluster, read_log, stream, text_of, until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+PROMPT = "A job is an event stream:"
+
+
+def infer(**fields: Any) -> dict[str, Any]:
+    return {"operation": "infer", "model": "rbee-tiny", "prompt": PROMPT, "temperature": 0} | fields
+
+
+def worker_url(cluster: Cluster) -> str:
+    workers = cluster.run({"operation": "worker_list"})["workers"]
+    port = next(worker["port"] for worker in workers if worker["state"] == "ready")
+    return f"http://127.0.0.1:{port}"
+
+
+def running_requests(url: str) -> int:
+    """Read what vLLM itself says it is running."""
+    metrics = httpx.get(f"{url}/metrics").text
+    found = re.search(r"^vllm:num_requests_running\{[^}]*\} (\S+)$", metrics, re.MULTILINE)
+    assert found is not None
+
+    return int(float(found[1]))
+
+
+def test_the_greedy_continuation_is_the_corpus(cluster: Cluster, corpus: str) -> None:
+    events = cluster.events(infer(max_tokens=40))
+
+    expected = corpus[corpus.index(PROMPT) + len(PROMPT) :]
+    assert expected.startswith(text_of(events))
+    assert len(text_of(events)) > 80
+
+
+def test_every_hop_says_its_part_in_order(cluster: Cluster) -> None:
+    events = cluster.events(infer(max_tokens=3))
+
+    said = [(event["action"], event["actor"].split("/")[0]) for event in events]
+    assert said == [
+        ("execute", "queen"),
+        ("infer_start", "queen"),
+        ("infer_schedule", "queen"),
+        ("infer_worker", "hive"),
+        ("token", "worker"),
+        ("token", "worker"),
+        ("token", "worker"),
+        ("infer_complete", "worker"),
+        ("execute_complete", "queen"),
+    ]
+    result = events[-1]["data"]
+    assert result["usage"]["completion_tokens"] == 3
+    assert result["finish_reason"] == "length"
+    assert result["timings"]["ttft_ms"] > 0
+    assert [event["index"] for event in events if event["action"] == "token"] == [0, 1, 2]
+
+
+def test_one_correlation_id_in_events_and_logs_of_all_hops(cluster: Cluster) -> None:
+    events = cluster.events(infer(max_tokens=3), **{"X-Correlation-ID": "corr-e2e-1"})
+
+    assert {event["correlation_id"] for event in events} == {"corr-e2e-1"}
+    worker_id = next(e for e in events if e["action"] == "infer_worker")["data"]["worker_id"]
+    for log in (cluster.queen.log(), cluster.hive.log(), read_log(cluster.worker_log(worker_id))):
+        lines = [line for line in log if line.get("correlation_id") == "corr-e2e-1"]
+        assert {line["event"] for line in lines} >= {"job_accepted", "job_ended"}
+        assert len({line["job_id"] for line in lines}) == 1
+
+
+def test_no_prompt_or_output_in_any_log(cluster: Cluster) -> None:
+    events = cluster.events(infer(prompt="Heffalump zanzibar quixotic", max_tokens=20, temperature=0))
+    worker_id = next(e for e in events if e["action"] == "infer_worker")["data"]["worker_id"]
+
+    logs = [cluster.queen.log_path, cluster.hive.log_path, cluster.worker_log(worker_id)]
+    for path in logs:
+        assert "Heffalump" not in path.read_text(errors="replace")
+        assert text_of(events) not in path.read_text(errors="replace")
+
+
+def test_two_jobs_at_once_never_see_each_others_events(cluster: Cluster, corpus: str) -> None:
+    prompts = [PROMPT, _another_sentence_start(corpus)]
+    alone = [text_of(cluster.events(infer(prompt=prompt, max_tokens=40))) for prompt in prompts]
+
+    with ThreadPoolExecutor() as pool:
+        together = list(pool.map(lambda prompt: cluster.events(infer(prompt=prompt, max_tokens=40)), prompts))
+
+    assert [text_of(events) for events in together] == alone
+    assert alone[0] != alone[1]
+    for events in together:
+        assert len({event["job_id"] for event in events}) == 1
+
+
+def test_a_reader_that_drops_after_five_tokens_gets_the_exact_rest(cluster: Cluster) -> None:
+    whole = text_of(cluster.events(infer(max_tokens=60)))
+    job_id = cluster.submit(infer(max_tokens=60))
+    had: list[dict[str, Any]] = []
+    last_id = ""
+    with stream(cluster.queen.url, job_id) as frames:
+        for event_id, event in frames:
+            had.append(event)
+            last_id = event_id
+            if sum(e["action"] == "token" for e in had) == 5:
+                break
+
+    with stream(cluster.queen.url, job_id, last_id) as frames:
+        rest = [event for _, event in frames]
+
+    assert text_of(had) + text_of(rest) == whole
+    indexes = [event["index"] for event in had + rest if event["action"] == "token"]
+    assert indexes == list(range(60))
+
+
+def test_a_second_reader_after_the_end_gets_the_whole_stream(cluster: Cluster) -> None:
+    job_id = cluster.submit(infer(max_tokens=10))
+    with stream(cluster.queen.url, job_id) as frames:
+        first = list(frames)
+    with stream(cluster.queen.url, job_id) as frames:
+        second = list(frames)
+
+    assert first == second
+    answer = httpx.get(
+        f"{cluster.queen.url}/v1/jobs/{job_id}/stream", headers={"Last-Event-ID": first[-1][0]}
+    )
+    assert answer.status_code == 204
+
+
+def test_delete_in_mid_stream_frees_the_engine_within_a_second(cluster: Cluster) -> None:
+    url = worker_url(cluster)
+    job_id = cluster.submit(infer(max_tokens=1900, ignore_eos=True))
+    with stream(cluster.queen.url, job_id) as frames:
+        _until_tokens(frames, 10)
+        assert running_requests(url) == 1
+        assert httpx.delete(f"{cluster.queen.url}/v1/jobs/{job_id}").json() == {
+            "job_id": job_id,
+            "status": "cancelled",
+        }
+        until(lambda: running_requests(url) == 0, "the engine runs nothing", 1.0)
+        last = [event for _, event in frames][-1]
+
+    assert last["action"] == "execute_cancelled"
+
+
+def test_a_client_gone_for_good_frees_the_engine_within_a_second_after_its_window(cluster: Cluster) -> None:
+    url = worker_url(cluster)
+    job_id = cluster.submit(infer(max_tokens=1900, ignore_eos=True, resume_window_s=1.0))
+    with stream(cluster.queen.url, job_id) as frames:
+        _until_tokens(frames, 10)
+    left = time.monotonic()
+
+    until(lambda: running_requests(url) == 0, "the engine runs nothing", 2.0)
+
+    assert time.monotonic() - left > 0.9, "it was cancelled before its resume window was over"
+    record = httpx.get(f"{cluster.queen.url}/v1/jobs/{job_id}").json()
+    assert record["state"] == "cancelled"
+
+
+def test_max_tokens_beyond_the_context_is_an_error_before_anything_runs(cluster: Cluster) -> None:
+    events = cluster.events(infer(max_tokens=5000))
+
+    error = next(event for event in events if event["action"] == "error")
+    assert error["code"] == "context_length_exceeded"
+    assert "2048" in error["message"]
+    assert error["actor"].startswith("worker/")
+    assert [event["action"] for event in events[-2:]] == ["error", "execute_error"]
+    assert not text_of(events)
+
+
+def test_chat_messages_choices_logprobs_and_stop(cluster: Cluster) -> None:
+    chat = {"operation": "infer", "model": "rbee-tiny", "temperature": 0, "max_tokens": 60}
+    answer = cluster.events(chat | {"messages": [{"role": "user", "content": PROMPT}]})
+    assert answer[-1]["data"]["finish_reason"] == "stop"
+    assert text_of(answer).startswith(" it starts when somebody reads it")
+
+    two = cluster.events(infer(n=2, max_tokens=5, temperature=0.9, seed=7))
+    assert {(e.get("data") or {}).get("choice", 0) for e in two if e["action"] == "token"} == {0, 1}
+    assert two[-1]["data"]["usage"]["completion_tokens"] == 10
+
+    scored = cluster.events(infer(logprobs=2, max_tokens=2))
+    first = next(event for event in scored if event["action"] == "token")
+    assert len(first["data"]["logprobs"][0]) >= 2
+
+    stopped = cluster.events(infer(stop="every", max_tokens=60))
+    assert text_of(stopped).endswith("reads it, ")
+    assert stopped[-1]["data"]["finish_reason"] == "stop"
+
+
+def test_the_tokens_of_one_engine_step_leave_the_worker_as_one_write(cluster: Cluster) -> None:
+    """With 8 streams in step, the firehose carries about 8 tokens a write, not one."""
+    streams, tokens = 8, 100
+    with httpx.stream("GET", f"{worker_url(cluster)}/v1/events?output=1", timeout=30) as firehose:
+        operation = infer(max_tokens=tokens, ignore_eos=True)
+        for _ in range(streams):
+            cluster.submit(operation, Prefer="respond-async")
+        said, writes = b"", 0
+        for chunk in firehose.iter_raw():
+            said += chunk
+            writes += b'"action":"token"' in chunk
+            if said.count(b'"action":"execute_complete"') == streams:
+                break
+
+    events = said.count(b'"action":"token"')
+    assert events > streams * tokens / 2
+    assert events / writes > 3, f"{events} token events in {writes} writes"
+
+
+def test_kill_of_the_engine_core_ends_the_stream_and_leaves_no_process(cluster: Cluster) -> None:
+    spawned = cluster.spawn("rbee-tiny")
+    worker = psutil.Process(spawned["pid"])
+    family = [worker, *worker.children(recursive=True)]
+    job_id = cluster.submit(infer(max_tokens=1900, ignore_eos=True, worker_id=spawned["worker_id"]))
+    with stream(cluster.queen.url, job_id) as frames:
+        _until_tokens(frames, 10)
+        cores = [process for process in family if "EngineCore" in process.name() or "EngineCore" in _title(process)]
+        killed = time.monotonic()
+        cores[0].kill()
+        rest = [event for _, event in frames]
+    took = time.monotonic() - killed
+
+    assert [event["action"] for event in rest if event["action"] != "token"] == ["error", "execute_error"]
+    error = rest[-2]
+    assert error["code"] == "engine_died"
+    assert took < 2.0
+    until(lambda: not any(_is_alive(process) for process in family), "no process of the worker is left", 10)
+    failed = cluster.run({"operation": "worker_get", "worker_id": spawned["worker_id"]})
+    assert failed["state"] == "failed"
+    assert failed["exit_code"] != 0
+    cluster.run({"operation": "worker_stop", "worker_id": spawned["worker_id"]})
+
+
+def test_a_spawn_that_is_cancelled_while_the_engine_loads_leaves_no_process(cluster: Cluster) -> None:
+    job_id = cluster.submit({"operation": "worker_spawn", "model": "rbee-tiny"})
+    with stream(cluster.queen.url, job_id) as frames:
+        pid = next(e["data"]["pid"] for _, e in frames if e["action"] == "worker_spawn_start")
+        worker = psutil.Process(pid)
+        until(lambda: worker.children(recursive=True), "the engine core is being started", 60)
+        family = [worker, *worker.children(recursive=True)]
+        httpx.delete(f"{cluster.queen.url}/v1/jobs/{job_id}")
+
+    until(lambda: not any(_is_alive(process) for process in family), "no process of the worker is left", 10)
+
+
+def test_a_worker_that_cannot_start_fails_the_spawn_with_its_last_log_lines(cluster: Cluster) -> None:
+    events = cluster.events(
+        {"operation": "worker_spawn", "model": "rbee-tiny", "worker_args": ["--max-model-len", "100000"]}
+    )
+
+    error = next(event for event in events if event["action"] == "error")
+    assert error["code"] == "worker_spawn_failed"
+    assert "exited with status 1" in error["message"]
+    assert "100000" in error["message"]
+    workers = cluster.run({"operation": "worker_list"})["workers"]
+    assert all(worker["state"] == "ready" for worker in workers)
+
+
+def _another_sentence_start(corpus: str) -> str:
+    sentence = next(s for s in re.split(r"(?<=[.])\s+", corpus) if len(s.split()) > 12 and PROMPT not in s)
+    return " ".join(sentence.split()[:7])
+
+
+def _until_tokens(frames: Any, count: int) -> None:
+    for _, event in frames:
+        count -= event["action"] == "token"
+        if not count:
+            return
+    raise AssertionError("the stream ended before that many tokens")
+
+
+def _title(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

@@ -1,0 +1,198 @@
+"""Real rbee services as child processes, for tests that cross them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODELS = REPOSITORY / "models"
+BIN = Path(sys.executable).parent
+MARKER = "RBEE_TEST_MARKER"
+
+T = TypeVar("T")
+
+
+def until(condition: Callable[[], T], what: str, timeout_s: float = 30.0) -> T:
+    """Poll until `condition` gives something true; fail the test when it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"after {timeout_s:g} s still not: {what}")
+        time.sleep(0.02)
+
+
+class Service:
+    """One service's process, started in a group of its own; its log is JSON lines in a file."""
+
+    def __init__(self, program: str, args: Sequence[str], log_path: Path, marker: str) -> None:
+        self.log_path = log_path
+        environment = os.environ | {MARKER: marker, "PYTHONWARNINGS": "default"}
+        with log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [BIN / program, *args],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        port = until(self._port, f"{program} listens; its log: {log_path}")
+        self.url = f"http://127.0.0.1:{port}"
+
+    def _port(self) -> int | None:
+        if self.process.poll() is not None:
+            raise AssertionError(f"exit {self.process.returncode}: {self.log_path.read_text()}")
+        listening = [line for line in self.log() if line.get("event") == "listening"]
+        return int(listening[-1]["port"]) if listening else None
+
+    def log(self) -> list[dict[str, Any]]:
+        return read_log(self.log_path)
+
+    def terminate(self, signum: signal.Signals = signal.SIGTERM, timeout_s: float = 45.0) -> int:
+        """Signal it and give its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signum)
+        return self.process.wait(timeout_s)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(10)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Give the JSON lines of a log; others (vLLM's own) are passed over."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            lines.append(value)
+    return lines
+
+
+class Cluster:
+    """A queen and a hive on free ports; workers are spawned through the queen."""
+
+    def __init__(self, folder: Path, *, engine: str = "vllm", models: Path = MODELS, hive_id: str = "box1") -> None:
+        self.folder = folder
+        self.marker = f"{os.getpid()}-{folder.name}-{time.monotonic_ns()}"
+        self.hive_id = hive_id
+        self.state_dir = folder / "state"
+        self.queen = Service("rbee-queen", ["--port", "0"], folder / "queen.log", self.marker)
+        self.hive = Service(
+            "rbee-hive",
+            [
+                *("--port", "0", "--hive-id", hive_id, "--queen-url", self.queen.url),
+                *("--models-dir", str(models), "--state-dir", str(self.state_dir), "--worker-engine", engine),
+            ],
+            folder / "hive.log",
+            self.marker,
+        )
+        until(self._is_online, "the hive is online at the queen")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop everything; fail if anything is left."""
+        try:
+            for service in (self.hive, self.queen):
+                service.terminate()
+            until(lambda: not self.processes(), f"no process is left, but {self.processes()}", 15)
+        finally:
+            for process in self.processes():
+                process.kill()
+
+    def _is_online(self) -> bool:
+        hives = self.run({"operation": "hive_list"})["hives"]
+        return any(hive["hive_id"] == self.hive_id and hive["state"] == "online" for hive in hives)
+
+    def processes(self) -> list[psutil.Process]:
+        """Give every living process of this cluster, orphans too."""
+        return marked_processes(self.marker)
+
+    def submit(self, operation: dict[str, Any], url: str | None = None, **headers: str) -> str:
+        answer = httpx.post(f"{url or self.queen.url}/v1/jobs", json=operation, headers=headers)
+        assert answer.status_code in (200, 202), answer.text
+        return str(answer.json()["job_id"])
+
+    def events(self, operation: dict[str, Any], url: str | None = None, **headers: str) -> list[dict[str, Any]]:
+        """Run an operation and give all events of its stream."""
+        job_id = self.submit(operation, url, **headers)
+        with stream(url or self.queen.url, job_id) as frames:
+            return [event for _, event in frames]
+
+    def run(self, operation: dict[str, Any], url: str | None = None) -> Any:
+        """Run an operation that must complete; give its result."""
+        last = self.events(operation, url)[-1]
+        assert last["action"] == "execute_complete", last
+        return last["data"]
+
+    def spawn(self, model: str = "rbee-tiny", *args: str) -> dict[str, Any]:
+        spawned: dict[str, Any] = self.run(
+            {"operation": "worker_spawn", "model": model, "worker_args": list(args), "hive_id": self.hive_id}
+        )
+        return spawned
+
+    def worker_log(self, worker_id: str) -> Path:
+        return self.state_dir / "logs" / f"{worker_id}.log"
+
+
+def marked_processes(marker: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARKER) == marker:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@contextmanager
+def stream(
+    url: str, job_id: str, last_event_id: str | None = None
+) -> Iterator[Iterator[tuple[str, dict[str, Any]]]]:
+    """Open a job's stream; iterates (event id, event) and fails unless it ends with `[DONE]`."""
+    headers = {} if last_event_id is None else {"Last-Event-ID": last_event_id}
+    with httpx.stream("GET", f"{url}/v1/jobs/{job_id}/stream", headers=headers, timeout=45) as response:
+        assert response.status_code == 200, response.read()
+        yield _frames(response.iter_lines())
+
+
+def _frames(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    event_id = ""
+    for line in lines:
+        if line.startswith("id: "):
+            event_id = line[4:]
+        elif line == "data: [DONE]":
+            return
+        elif line.startswith("data: "):
+            yield event_id, json.loads(line[6:])
+    raise AssertionError("the stream ended without [DONE]")
+
+
+def text_of(events: Sequence[dict[str, Any]]) -> str:
+    return "".join(event["message"] for event in events if event["action"] == "token")
