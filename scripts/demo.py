@@ -81,7 +81,7 @@ class Services:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # In its own session Ctrl-C does not reach it; it is stopped in order, also when this one is killed.
+                # Ctrl-C does not reach it: it is stopped in order, also when this one is killed.
                 start_new_session=True,
                 preexec_fn=lambda: self._libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0),
             )

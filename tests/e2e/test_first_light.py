@@ -25,13 +25,16 @@ def worker_url(cluster: Cluster) -> str:
     return f"http://127.0.0.1:{port}"
 
 
-def running_requests(url: str) -> int:
-    """Read what vLLM itself says it is running."""
-    metrics = httpx.get(f"{url}/metrics").text
-    found = re.search(r"^vllm:num_requests_running\{[^}]*\} (\S+)$", metrics, re.MULTILINE)
+def metric(url: str, name: str) -> int:
+    """Read what vLLM itself says."""
+    found = re.search(rf"^{name}\{{[^}}]*\}} (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
     assert found is not None
 
     return int(float(found[1]))
+
+
+def running_requests(url: str) -> int:
+    return metric(url, "vllm:num_requests_running")
 
 
 def test_the_greedy_continuation_is_the_corpus(cluster: Cluster, corpus: str) -> None:
@@ -193,22 +196,27 @@ def test_chat_messages_choices_logprobs_and_stop(cluster: Cluster) -> None:
 
 
 def test_the_tokens_of_one_engine_step_leave_the_worker_as_one_write(cluster: Cluster) -> None:
-    """With 8 streams in step, the firehose carries about 8 tokens a write, not one."""
-    streams, tokens = 8, 100
-    with httpx.stream("GET", f"{worker_url(cluster)}/v1/events?output=1", timeout=30) as firehose:
-        operation = infer(max_tokens=tokens, ignore_eos=True)
-        for _ in range(streams):
-            cluster.submit(operation, Prefer="respond-async")
+    """The firehose gets about as many writes as the engine made steps, however many streams are in them."""
+    streams, tokens = 8, 200
+    url = worker_url(cluster)
+    operation = infer(max_tokens=tokens, ignore_eos=True)
+    steps_before = metric(url, "vllm:iteration_tokens_total_count")
+    with (
+        httpx.stream("GET", f"{url}/v1/events?output=1", timeout=30) as firehose,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        list(pool.map(lambda _: cluster.submit(operation, Prefer="respond-async"), range(streams)))
         said, writes = b"", 0
         for chunk in firehose.iter_raw():
             said += chunk
             writes += b'"action":"token"' in chunk
             if said.count(b'"action":"execute_complete"') == streams:
                 break
+    steps = metric(url, "vllm:iteration_tokens_total_count") - steps_before
 
     events = said.count(b'"action":"token"')
-    assert events > streams * tokens / 2
-    assert events / writes > 3, f"{events} token events in {writes} writes"
+    assert events > 3 * steps, f"{events} token events in {steps} steps: the streams were not in step"
+    assert writes <= 1.2 * steps, f"{events} token events in {writes} writes, in {steps} engine steps"
 
 
 def test_kill_of_the_engine_core_ends_the_stream_and_leaves_no_process(cluster: Cluster) -> None:
@@ -218,7 +226,9 @@ def test_kill_of_the_engine_core_ends_the_stream_and_leaves_no_process(cluster: 
     job_id = cluster.submit(infer(max_tokens=1900, ignore_eos=True, worker_id=spawned["worker_id"]))
     with stream(cluster.queen.url, job_id) as frames:
         _until_tokens(frames, 10)
-        cores = [process for process in family if "EngineCore" in process.name() or "EngineCore" in _title(process)]
+        cores = [
+            process for process in family if "EngineCore" in process.name() or "EngineCore" in _title(process)
+        ]
         killed = time.monotonic()
         cores[0].kill()
         rest = [event for _, event in frames]

@@ -90,7 +90,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 class Cluster:
     """A queen and a hive on free ports; workers are spawned through the queen."""
 
-    def __init__(self, folder: Path, *, engine: str = "vllm", models: Path = MODELS, hive_id: str = "box1") -> None:
+    def __init__(
+        self, folder: Path, *, engine: str = "vllm", models: Path = MODELS, hive_id: str = "box1"
+    ) -> None:
         self.folder = folder
         self.marker = f"{os.getpid()}-{folder.name}-{time.monotonic_ns()}"
         self.hive_id = hive_id
@@ -138,7 +140,9 @@ class Cluster:
         assert answer.status_code in (200, 202), answer.text
         return str(answer.json()["job_id"])
 
-    def events(self, operation: dict[str, Any], url: str | None = None, **headers: str) -> list[dict[str, Any]]:
+    def events(
+        self, operation: dict[str, Any], url: str | None = None, **headers: str
+    ) -> list[dict[str, Any]]:
         """Run an operation and give all events of its stream."""
         job_id = self.submit(operation, url, **headers)
         with stream(url or self.queen.url, job_id) as frames:

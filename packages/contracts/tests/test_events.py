@@ -61,6 +61,7 @@ OWN: dict[str, dict[str, Any]] = {
     "chunk": {"index": 0},
     "execute_error": {"code": "worker_lost"},
     "execute_cancelled": {"code": "not_read"},
+    "execute_timeout": {"code": "timeout"},
 }
 
 

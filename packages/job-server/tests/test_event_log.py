@@ -117,7 +117,9 @@ class Readers(RuleBasedStateMachine):
         if self.log.closed:
             frames.append(Frame("", "[DONE]"))
         return [
-            frame._replace(data=got.data if got.action == "[DONE]" or got.json["message"] == frame.data else "")
+            frame._replace(
+                data=got.data if got.action == "[DONE]" or got.json["message"] == frame.data else ""
+            )
             for frame, got in zip(frames, reading.got, strict=True)
         ]
 
@@ -167,7 +169,9 @@ async def test_waiting_readers_wake_at_an_append_and_at_the_end() -> None:
         reader = log.reader()
         while not reader.finished:
             await reader.wait()
-            texts += [frame.data if frame.id == "" else frame.json["message"] for frame in frames_of(reader.take())]
+            texts += [
+                frame.data if frame.id == "" else frame.json["message"] for frame in frames_of(reader.take())
+            ]
 
     async with anyio.create_task_group() as tasks:
         for texts in got:

@@ -260,7 +260,9 @@ def test_frames_are_kept_a_while_after_the_last_follower_left(clock: ManualClock
     clock.now += LINGER_S + 1
     job.emit_token("c")
     assert not firehose._ring
-    assert [frame.action for frame in taken(firehose.follow(parse_firehose_id(last_id), output=True))] == ["gap"]
+    assert [frame.action for frame in taken(firehose.follow(parse_firehose_id(last_id), output=True))] == [
+        "gap"
+    ]
 
 
 def test_a_silence_longer_than_the_linger_is_no_gap(clock: ManualClock) -> None:

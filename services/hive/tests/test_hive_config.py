@@ -16,7 +16,11 @@ def test_defaults_come_from_the_environment() -> None:
 
 
 def test_environment_stands_in_for_missing_flags_and_flags_win() -> None:
-    environ = {"RBEE_QUEEN_URL": "http://queen:7833/", "RBEE_MODELS_DIR": "/models", "XDG_STATE_HOME": "/state"}
+    environ = {
+        "RBEE_QUEEN_URL": "http://queen:7833/",
+        "RBEE_MODELS_DIR": "/models",
+        "XDG_STATE_HOME": "/state",
+    }
 
     assert parse([], environ).queen_url == "http://queen:7833"
     assert parse([], environ).models_dir == Path("/models")
@@ -35,7 +39,9 @@ def test_environment_stands_in_for_missing_flags_and_flags_win() -> None:
         ["--port", "-1"],
     ],
 )
-def test_what_cannot_be_used_is_one_clear_line_and_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_used_is_one_clear_line_and_exit_2(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse(argv, {})
 

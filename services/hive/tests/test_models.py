@@ -17,7 +17,10 @@ def make_model(path: Path, **config: object) -> Path:
 
 def test_models_are_found_by_name_and_by_org_and_name(tmp_path: Path) -> None:
     make_model(
-        tmp_path / "tiny", architectures=["LlamaForCausalLM"], torch_dtype="bfloat16", max_position_embeddings=2048
+        tmp_path / "tiny",
+        architectures=["LlamaForCausalLM"],
+        torch_dtype="bfloat16",
+        max_position_embeddings=2048,
     )
     make_model(tmp_path / "org" / "big")
     (tmp_path / "not-a-model").mkdir()

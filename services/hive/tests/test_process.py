@@ -40,7 +40,9 @@ async def gone(process: psutil.Process) -> None:
             await anyio.sleep(0.01)
 
 
-async def test_a_process_that_ignores_sigterm_is_killed_with_its_group_after_the_grace(tmp_path: Path) -> None:
+async def test_a_process_that_ignores_sigterm_is_killed_with_its_group_after_the_grace(
+    tmp_path: Path,
+) -> None:
     process = await start(STUBBORN, tmp_path)
     child = await child_of(process)
 

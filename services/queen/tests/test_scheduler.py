@@ -71,7 +71,9 @@ views = st.builds(
 
 
 @given(st.lists(views, max_size=8, unique_by=lambda view: (view.hive_id, view.worker_id)))
-def test_a_decision_is_always_a_ready_worker_of_the_model_and_never_a_busier_one(workers: list[WorkerView]) -> None:
+def test_a_decision_is_always_a_ready_worker_of_the_model_and_never_a_busier_one(
+    workers: list[WorkerView],
+) -> None:
     outcome = decide(*workers)
     able = [w for w in workers if w.model == "m" and w.state == "ready" and w.is_hive_online]
 

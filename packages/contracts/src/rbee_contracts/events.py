@@ -277,7 +277,7 @@ class ExecuteCancelled(Terminal, frozen=True, kw_only=True, tag="execute_cancell
 class ExecuteTimeout(Terminal, frozen=True, kw_only=True, tag="execute_timeout"):
     """The job ran out of time; its state is failed, its code `timeout`."""
 
-    code: Literal["timeout"] = "timeout"
+    code: Literal["timeout"]
 
 
 class Narration(Struct, frozen=True, kw_only=True, omit_defaults=True):

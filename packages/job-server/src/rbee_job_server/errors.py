@@ -61,19 +61,26 @@ async def _on_rbee_error(request: Request, exc: Exception) -> Response:
 
 async def _on_http_exception(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
-    details = f"{request.method} {request.url.path[:200]}: {exc.detail}"
+    path = request.scope["path"][:200]  # not `request.url`, which a hostile Host header breaks
+    details = f"{request.method} {path}: {exc.detail}"
     if exc.status_code == 404:
-        details = f"{request.method} {request.url.path[:200]} is not a route of this service."
+        details = f"{request.method} {path} is not a route of this service."
     code = _HTTP_CODES.get(exc.status_code, "http_error")
     body = ErrorBody(error=exc.detail, details=details, code=code, correlation_id=correlation_id_of(request))
     return json_response(body, exc.status_code, dict(exc.headers or {}))
 
 
 async def _on_crash(request: Request, exc: Exception) -> Response:
-    log.error("request_crashed", method=request.method, path=request.url.path[:200], exc_info=exc)
+    correlation_id = correlation_id_of(request)
+    log.error(
+        "request_crashed",
+        method=request.method,
+        path=request.scope["path"][:200],
+        correlation_id=correlation_id,
+        exc_info=exc,
+    )
     return error_response(
-        RbeeError("This is a fault of rbee: its log has the cause under the correlation id."),
-        correlation_id_of(request),
+        RbeeError("This is a fault of rbee: its log has the cause under the correlation id."), correlation_id
     )
 
 

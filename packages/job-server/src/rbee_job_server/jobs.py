@@ -137,9 +137,12 @@ class Job:
 
         Raises:
             msgspec.ValidationError: it does not fit.
+            ValueError: the action is output or ends a job.
         """
         fields: dict[str, Any] = self._common(message) | {"formatted": self._formatted(message)}
         kind = event_type(action)
+        if kind is not None and kind.kind != "narration":
+            raise ValueError(f"{action} cannot be narrated")
         if data:
             fields["data"] = data
         if kind is None:
@@ -230,7 +233,8 @@ class Job:
             return False
         self.error = JobError(code="timeout", message=message, retryable=True)
         ended = self._end(
-            "failed", ExecuteTimeout(formatted=self._formatted(message), **self._common(message))
+            "failed",
+            ExecuteTimeout(code="timeout", formatted=self._formatted(message), **self._common(message)),
         )
         self._stop_handler()
         return ended

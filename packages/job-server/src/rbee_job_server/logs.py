@@ -5,16 +5,18 @@ import sys
 from typing import TextIO
 
 import structlog
+from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import Processor
 
 LEVELS = ("debug", "info", "warning", "error")
 
 
-def configure_logging(*, service: str, level: str = "info", stream: TextIO | None = None) -> None:
+def configure_logging(*, service: str, level: str = "info", stream: TextIO | None = None, **ids: str) -> None:
     """Send structlog's and the standard library's log to one stream, one event a line.
 
     Args:
         service: stands as `service` on every line, e.g. `hive/box1`.
+        ids: stand on every line too, e.g. `hive_id`.
         stream: standard error by default; JSON where it is not a terminal.
     """
     stream = stream or sys.stderr
@@ -22,12 +24,16 @@ def configure_logging(*, service: str, level: str = "info", stream: TextIO | Non
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        _add_service(service),
+        _add({"service": service} | ids),
     ]
+    # Tracebacks without local variables: those hold prompts and tokens.
     renderers: list[Processor] = (
-        [structlog.dev.ConsoleRenderer()]
+        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
         if stream.isatty()
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(ensure_ascii=False)]
+        else [
+            structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
+            structlog.processors.JSONRenderer(ensure_ascii=False),
+        ]
     )
     # Ours goes straight to the stream: what vLLM imports sets the root logger's level as it likes.
     structlog.configure(
@@ -50,9 +56,8 @@ def configure_logging(*, service: str, level: str = "info", stream: TextIO | Non
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _add_service(service: str) -> Processor:
+def _add(ids: dict[str, str]) -> Processor:
     def add(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-        event["service"] = service
-        return event
+        return ids | event
 
     return add

@@ -4,7 +4,9 @@ One instance per service owns the registry, the firehose and the task group that
 """
 
 import asyncio
+import math
 import secrets
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -88,7 +90,7 @@ class JobServer:
         self._admit = admit
         self._config = config or JobServerConfig()
         self._tasks: TaskGroup | None = None
-        self._running = 0
+        self._running: set[Job] = set()
         self._idle = asyncio.Condition()
 
     # --- the service's side ------------------------------------------------------------------------------
@@ -103,18 +105,26 @@ class JobServer:
                 self.registry.sweep(self.clock.monotonic())
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more jobs, and wait until those that run have ended or the time is over."""
+        """Take no more jobs, and wait until running inferences have ended or the time is over.
+
+        Other operations (a spawn, a download) have no reader who loses a text, and may take an hour.
+        """
         self.stopping = True
-        with anyio.move_on_after(timeout_s):
-            async with self._idle:
-                await self._idle.wait_for(lambda: self._running == 0)
+        await self._wait_until(
+            lambda: not any(isinstance(job.operation, Infer | OpenAI) for job in self._running), timeout_s
+        )
 
     async def end_all(self, error: RbeeError, grace_s: float = 5.0) -> None:
         """End every job that has not ended with `error`, and let its handler clean up for `grace_s`."""
         self.stopping = True
         for job in self.registry:
             job.abort(error)
-        await self.drain(grace_s)
+        await self._wait_until(lambda: not self._running, grace_s)
+
+    async def _wait_until(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        with anyio.move_on_after(timeout_s):
+            async with self._idle:
+                await self._idle.wait_for(condition)
 
     # --- the routes' side --------------------------------------------------------------------------------
 
@@ -136,6 +146,8 @@ class JobServer:
             return known
         if self.stopping:
             raise Unavailable("The service is stopping; submit again in a moment.", code="shutting_down")
+        if self._tasks is None:
+            raise Unavailable("The service is starting; submit again in a moment.")
         self._admit(operation)
         job = Job(
             job_id=hop_job_id(self.service, key) if key and is_step_key(key) else new_job_id(),
@@ -180,12 +192,11 @@ class JobServer:
     # --- running -----------------------------------------------------------------------------------------
 
     def _start(self, job: Job) -> None:
-        if self._tasks is None:
-            raise Unavailable("The service is starting; submit again in a moment.")
+        assert self._tasks is not None  # or `submit` had refused it
         job.disarm()
         if job.start():
             job.scope = anyio.CancelScope()
-            self._running += 1
+            self._running.add(job)
             if job.policy.timeout_s is not None:
                 job.deadline_timer = asyncio.get_running_loop().call_later(job.policy.timeout_s, job.time_out)
             self._tasks.start_soon(self._execute, job, job.scope, name=f"job {job.id}")
@@ -199,7 +210,7 @@ class JobServer:
             with scope:
                 await self._handle(job, context)
         finally:
-            self._running -= 1
+            self._running.discard(job)
             with anyio.CancelScope(shield=True):
                 async with self._idle:
                     self._idle.notify_all()
@@ -211,22 +222,42 @@ class JobServer:
         handler = self._handlers[type(job.operation)]
         try:
             job.complete(await handler(job.operation, context))
-        except RbeeError as exc:
-            # The details of a failed inference may quote the prompt.
-            is_private = isinstance(job.operation, Infer | OpenAI)
-            log.warning("job_failed", code=exc.code, details=None if is_private else exc.details)
-            job.fail(exc)
+        except asyncio.CancelledError as exc:
+            if _is_being_cancelled():
+                raise
+            # Something that the handler awaited was cancelled; let through, it would end all jobs.
+            self._fail(job, exc)
         except Exception as exc:
-            self._fail_unexpected(job, exc)
+            self._fail(job, exc)
 
-    def _fail_unexpected(self, job: Job, exc: Exception) -> None:
-        log.exception("job_crashed", operation=job.operation.name, exc_info=exc)
+    def _fail(self, job: Job, exc: BaseException) -> None:
+        while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
+            exc = exc.exceptions[0]
+        # What is wrong with an inference may quote the prompt.
+        is_private = isinstance(job.operation, Infer | OpenAI)
+        if isinstance(exc, RbeeError):
+            log.warning("job_failed", code=exc.code, details=None if is_private else exc.details)
+            try:
+                job.fail(exc)
+            except UnicodeError as unsayable:
+                exc = unsayable
+            else:
+                return
+        if is_private:
+            log.error("job_crashed", error=type(exc).__name__, frames=traceback.format_tb(exc.__traceback__))
+        else:
+            log.error("job_crashed", exc_info=exc)
         job.fail(
             RbeeError(
                 f"{type(exc).__name__} in the {self.service}. This is a fault of rbee: "
                 f"its log has the cause under correlation id {job.correlation_id}."
             )
         )
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return anyio.current_effective_deadline() == -math.inf or (task is not None and task.cancelling() > 0)
 
 
 def _policy(submission: Submission) -> JobPolicy:

@@ -13,7 +13,7 @@ from rbee_job_server.serve import EXIT_BAD_CONFIG
 def main() -> None:
     environ = environment()
     config = parse(sys.argv[1:], environ)
-    configure_logging(service=f"hive/{config.hive_id}", level=config.log_level)
+    configure_logging(service=f"hive/{config.hive_id}", level=config.log_level, hive_id=config.hive_id)
     try:
         exit_code = anyio.run(run, config, environ, backend_options={"use_uvloop": True})
     except CannotBind as exc:

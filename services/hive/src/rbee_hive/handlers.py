@@ -3,6 +3,7 @@
 from typing import Any
 
 import anyio.to_thread
+import structlog
 
 from rbee_contracts.errors import NotFound
 from rbee_contracts.events import InferResult, Placement, SpawnedWorker
@@ -65,6 +66,7 @@ class HiveHandlers:
         worker = (
             self._workers.least_busy(op.model) if op.worker_id is None else self._workers.get(op.worker_id)
         )
+        structlog.contextvars.bind_contextvars(worker_id=worker.id)
         context.narrate(
             "infer_worker",
             f"Running on {worker.id}.",

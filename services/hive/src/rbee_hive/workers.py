@@ -1,21 +1,20 @@
 """The hive's workers: spawned, watched, counted, stopped. The only place that starts or ends one."""
 
 import secrets
-import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Literal
 
 import anyio
 import structlog
 from anyio.abc import TaskGroup
 
-from rbee_contracts.errors import InvalidRequest, NotFound, RbeeError, Unavailable, WorkerLost
+from rbee_contracts.errors import NotFound, RbeeError, Unavailable, WorkerLost
 from rbee_contracts.events import SpawnedWorker
 from rbee_contracts.nodes import EngineLoad, WorkerInfo, WorkerState, WorkerStatus
 from rbee_contracts.operations import WorkerSpawn
 from rbee_hive.config import HiveConfig
 from rbee_hive.devices import Devices
+from rbee_hive.launch import WORKER_HOST, DeviceKind, choose_devices, command_line, environment
 from rbee_hive.models import Models
 from rbee_hive.ports import choose_port
 from rbee_hive.process import WorkerProcess
@@ -24,7 +23,6 @@ from rbee_job_server import JobContext, Relay
 
 log = structlog.get_logger(__name__)
 
-HOST = "127.0.0.1"
 POLL_STARTING_S = 0.2
 POLL_READY_S = 0.5
 NARRATE_EVERY_S = 5.0
@@ -40,7 +38,7 @@ class Worker:
         *,
         worker_id: str,
         model: str,
-        kind: Literal["cuda", "cpu"],
+        kind: DeviceKind,
         devices: list[int],
         port: int,
         process: WorkerProcess,
@@ -55,7 +53,7 @@ class Worker:
         self.load = EngineLoad()
         self.max_model_len: int | None = None
         self.started_at = datetime.now(UTC).isoformat(timespec="seconds")
-        self.client = JobClient(f"http://{HOST}:{port}")
+        self.client = JobClient(f"http://{WORKER_HOST}:{port}")
         self.relay = Relay(service="worker", name=f"worker {worker_id}", client=self.client)
         self.ready = anyio.Event()
         self.exited = anyio.Event()
@@ -162,7 +160,7 @@ class Workers:
         """
         if self._tasks is None:
             raise Unavailable("The hive is starting; try again in a moment.")
-        kind, devices = self._choose_devices(op)
+        kind, devices = choose_devices(op, self._devices.gpu_count)
         worker = await self._start_process(op, kind, devices)
         context.narrate(
             "worker_spawn_start",
@@ -191,38 +189,16 @@ class Workers:
         )
         return spawned
 
-    def _choose_devices(self, op: WorkerSpawn) -> tuple[Literal["cuda", "cpu"], list[int]]:
-        gpus = self._devices.gpu_count
-        kind = op.worker or ("cuda" if gpus else "cpu")
-        asked = op.devices if op.devices is not None else [op.device if op.device is not None else 0]
-        there = gpus if kind == "cuda" else 1
-        missing = [index for index in asked if index >= there]
-        if missing:
-            raise InvalidRequest(
-                f"Hive {self._config.hive_id} has {there} {kind} device{'' if there == 1 else 's'}; "
-                f"there is no {kind} device {missing[0]}. See: rbee status",
-                code="device_not_found",
-            )
-        return kind, asked
-
-    async def _start_process(
-        self, op: WorkerSpawn, kind: Literal["cuda", "cpu"], devices: list[int]
-    ) -> Worker:
-        is_sim = self._config.worker_engine == "sim"
-        model = op.model if is_sim else str(self._models.path(op.model))
+    async def _start_process(self, op: WorkerSpawn, kind: DeviceKind, devices: list[int]) -> Worker:
+        model = op.model if self._config.worker_engine == "sim" else str(self._models.path(op.model))
         worker_id = f"{op.model.split('/')[-1][:40]}-{secrets.token_hex(3)}".replace("@", "-")
         port = choose_port({worker.port for worker in self._workers.values()})
-        command = [sys.executable, "-m", "rbee_worker", "--model", model, "--served-model-name", op.model]
-        command += ["--worker-id", worker_id, "--host", HOST, "--port", str(port)]
-        command += ["--engine", self._config.worker_engine, "--log-level", self._config.log_level]
-        if is_sim:
-            command += op.worker_args
-        else:
-            parallel = ["--tensor-parallel-size", str(len(devices))] if len(devices) > 1 else []
-            command += ["--", *parallel, *op.worker_args]
+        command = command_line(
+            self._config, op, worker_id=worker_id, model_path=model, port=port, devices=devices
+        )
         log_path = self._config.state_dir / "logs" / f"{worker_id}.log"
         try:
-            process = await WorkerProcess.start(command, self._environment(kind, devices), log_path)
+            process = await WorkerProcess.start(command, environment(self._environ, kind, devices), log_path)
         except OSError as exc:
             raise WorkerLost(
                 f"The worker's process could not be started: {exc.strerror}.", code="worker_spawn_failed"
@@ -236,11 +212,6 @@ class Workers:
         self._tasks.start_soon(self._watch, worker)
         log.info("worker_started", worker_id=worker_id, pid=process.pid, port=port, model=op.model)
         return worker
-
-    def _environment(self, kind: Literal["cuda", "cpu"], devices: list[int]) -> dict[str, str]:
-        """Show the worker its devices only. NVML counts in PCI order; CUDA by default does not."""
-        visible = ",".join(map(str, devices)) if kind == "cuda" else ""
-        return self._environ | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
 
     async def _until_ready(self, worker: Worker, context: JobContext) -> None:
         """Poll the starting worker, narrating, until it is ready.

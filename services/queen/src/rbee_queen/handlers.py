@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, get_args
 
 import msgspec
+import structlog
 
 from rbee_contracts.errors import NoCapacity
 from rbee_contracts.events import Candidate, Decision
@@ -55,6 +56,7 @@ class QueenHandlers:
             decision,
         )
         hive = self._fleet.get(decision.hive_id)
+        structlog.contextvars.bind_contextvars(hive_id=hive.id, worker_id=decision.worker_id)
         placed = msgspec.structs.replace(op, hive_id=hive.id, worker_id=decision.worker_id)
         with _assigned(hive, decision.worker_id):
             return await hive.relay.perform(context, placed, step="infer")

@@ -12,7 +12,9 @@ from rbee_worker.main import run
 
 def main() -> None:
     config = parse(sys.argv[1:])
-    configure_logging(service=f"worker/{config.worker_id}", level=config.log_level)
+    configure_logging(
+        service=f"worker/{config.worker_id}", level=config.log_level, worker_id=config.worker_id
+    )
     try:
         exit_code = anyio.run(run, config, backend_options={"use_uvloop": True})
     except CannotBind as exc:

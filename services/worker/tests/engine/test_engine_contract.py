@@ -1,6 +1,7 @@
 """What every engine must do, run over each of them."""
 
 import asyncio
+import gc
 import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -175,6 +176,7 @@ class EngineContract:
 
         assert output.text() == whole[: whole.index(stop)]
         assert (output.result.finish_reason, output.result.stop_reason) == ("stop", stop)
+        await until_idle(started.engine)
 
     async def test_the_same_seed_gives_the_same_text(self, started: Started) -> None:
         fields: dict[str, Any] = {"prompt": "A worker", "max_tokens": 16, "temperature": 1.0}
@@ -206,7 +208,8 @@ class EngineContract:
     async def test_refuses_what_it_cannot_run(self, started: Started, fields: dict[str, Any]) -> None:
         with pytest.raises(InvalidRequest):
             await run(started.engine, **fields)
-        assert started.engine.load().running == 0
+
+        await until_idle(started.engine)
 
     async def test_has_an_app_with_vllms_metrics(self, started: Started) -> None:
         transport = httpx.ASGITransport(started.engine.http_app)
@@ -248,8 +251,9 @@ class TestVllmEngine(EngineContract):
         assert info.engine == "vllm"
         yield Started(engine, info.max_model_len)
         await engine.stop()
-        processes.scan()
-        assert processes.alive() == []
+        assert processes.kill() == []
+        del engine
+        gc.collect()  # What vLLM leaves unclosed is to warn here, where warnings are let be.
 
     async def test_gives_logprobs_with_the_sampled_token_first(self, started: Started) -> None:
         fields: dict[str, Any] = {"prompt": "A worker", "max_tokens": 6, "temperature": 0.0}

@@ -1,0 +1,227 @@
+"""`rbee up`: what it starts, what it says, and that it leaves nothing behind, however it ends."""
+
+import signal
+import socket
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import psutil
+import pytest
+
+if TYPE_CHECKING:
+    from packages.keeper.tests.conftest import Sandbox
+
+MODEL = "sim-model"
+
+
+class Up:
+    """A running `rbee up` with simulated workers; its events are read one by one."""
+
+    def __init__(self, sandbox: "Sandbox", *arguments: str) -> None:
+        self.sandbox = sandbox
+        self.process = sandbox.start(
+            *("rbee", "up", "--json", "--queen-port", "0", "--hive-port", "0", "--hive-id", "box"),
+            *("--worker-engine", "sim", *arguments),
+        )
+        self.seen: list[dict[str, Any]] = []
+
+    def until(self, action: str) -> dict[str, Any]:
+        """Read on to an event of this action."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            event = msgspec.json.decode(line, type=dict[str, Any])
+            self.seen.append(event)
+            if event.get("action") == action:
+                return event
+        raise AssertionError(f"ended before {action}: {self.seen} {self.process.communicate()}")
+
+    def end(self) -> tuple[int, str]:
+        """Wait for its end; give exit status and stderr."""
+        stdout, stderr = self.process.communicate(timeout=50)
+        self.seen += [msgspec.json.decode(line, type=dict[str, Any]) for line in stdout.splitlines()]
+        return self.process.returncode, stderr
+
+    def said(self) -> list[str]:
+        return [str(event.get("action")) for event in self.seen]
+
+
+@pytest.fixture
+def models(sandbox: "Sandbox") -> None:
+    """Put one model into ./models."""
+    folder = sandbox.folder / "models" / MODEL
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+
+
+@pytest.mark.usefixtures("models")
+def test_up_serves_the_only_model_and_stops_in_order(sandbox: "Sandbox") -> None:
+    up = Up(sandbox)
+    event = up.until("up")
+    answer = sandbox.run(
+        "rbee", "--queen", event["queen_url"], "infer", "-m", MODEL, "--max-tokens", "3", "Hi"
+    )
+
+    up.process.send_signal(signal.SIGINT)
+    exit_code, stderr = up.end()
+
+    assert (answer.returncode, len(answer.stdout.split())) == (0, 3)
+    assert (exit_code, stderr) == (0, "")
+    stopped = [event["who"] for event in up.seen if event.get("action") == "stopped"]
+    assert stopped == ["hive", "queen"]
+    assert "worker_spawn_start" in up.said()
+    assert sandbox.processes() == []
+
+
+@pytest.mark.usefixtures("models")
+def test_up_for_people_says_how_to_use_it(sandbox: "Sandbox") -> None:
+    process = sandbox.start("rbee", "up", "--queen-port", "0", "--hive-port", "0", "--worker-engine", "sim")
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("Stop with Ctrl-C"):
+            break
+    process.send_signal(signal.SIGTERM)
+    rest, stderr = process.communicate(timeout=50)
+
+    text = "".join(lines)
+    assert (process.returncode, stderr) == (0, "")
+    assert f"infer --model {MODEL} 'A job is an event stream:'" in text
+    assert "curl -sS http://127.0.0.1:" in text
+    assert "queen.log" in text
+    assert "Everything has stopped." in rest
+
+
+def test_up_without_a_model_gives_a_hint(sandbox: "Sandbox") -> None:
+    up = Up(sandbox)
+    hint = up.until("no_model")
+    up.until("up")
+
+    up.process.send_signal(signal.SIGINT)
+    exit_code, _ = up.end()
+
+    assert exit_code == 0
+    assert "--models-dir" in hint["message"]
+    assert sandbox.processes() == []
+
+
+def test_ctrl_c_while_the_worker_loads_leaves_nothing(sandbox: "Sandbox") -> None:
+    up = Up(sandbox, "--model", MODEL, "--worker-arg=--sim-start-s", "--worker-arg=100")
+    up.until("worker_spawn_start")
+
+    up.process.send_signal(signal.SIGINT)
+    exit_code, stderr = up.end()
+
+    assert (exit_code, stderr) == (0, "")
+    assert "waiting" not in up.said()
+    assert sandbox.processes() == []
+
+
+def test_ctrl_c_before_anything_is_ready_leaves_nothing(sandbox: "Sandbox") -> None:
+    up = Up(sandbox)
+    assert up.process.stdout is not None
+    while not [p for p in sandbox.processes() if "rbee_queen" in _cmdline(p)]:
+        assert up.process.poll() is None
+
+    up.process.send_signal(signal.SIGINT)
+    exit_code, _ = up.end()
+
+    assert exit_code == 0
+    assert sandbox.processes() == []
+
+
+def test_a_model_that_cannot_be_loaded_ends_it_all(sandbox: "Sandbox") -> None:
+    up = Up(sandbox, "--model", MODEL, "--worker-arg=--sim-fail-start")
+
+    exit_code, stderr = up.end()
+
+    assert exit_code == 1
+    assert "before it was ready" in stderr
+    assert sandbox.processes() == []
+
+
+@pytest.mark.parametrize("name", ["queen", "hive"])
+def test_a_child_that_dies_is_named_and_the_rest_stopped(sandbox: "Sandbox", name: str) -> None:
+    up = Up(sandbox, "--model", MODEL)
+    up.until("up")
+
+    sandbox.find(f"rbee_{name}").kill()
+    died = up.until("died")
+    exit_code, _ = up.end()
+
+    assert exit_code == 1
+    assert f"The {name} was ended by signal 9 (SIGKILL)." in died["message"]
+    assert f"{name}.log" in died["message"]
+    assert '"event": "listening"' in died["message"]
+    assert sandbox.processes() == []
+
+
+def test_a_worker_that_dies_is_told(sandbox: "Sandbox") -> None:
+    up = Up(sandbox, "--model", MODEL)
+    up.until("up")
+
+    sandbox.find("rbee_worker").kill()
+    failed = up.until("worker_failed")
+    up.process.send_signal(signal.SIGINT)
+    exit_code, _ = up.end()
+
+    assert exit_code == 0
+    assert f"rbee worker spawn --model {MODEL}" in failed["message"]
+    assert sandbox.processes() == []
+
+
+def test_a_second_ctrl_c_ends_what_does_not_stop(sandbox: "Sandbox") -> None:
+    up = Up(sandbox, "--model", MODEL)
+    up.until("up")
+    sandbox.find("rbee_hive").suspend()
+
+    up.process.send_signal(signal.SIGINT)
+    up.until("stopping")
+    up.process.send_signal(signal.SIGINT)
+    exit_code, _ = up.end()
+
+    assert exit_code == 130
+    assert "ending" in up.said()
+    assert sandbox.processes() == []
+
+
+def test_killed_outright_its_services_stop_too(sandbox: "Sandbox") -> None:
+    up = Up(sandbox, "--model", MODEL)
+    up.until("up")
+    running = sandbox.processes()
+
+    up.process.kill()
+    up.end()
+    _, alive = psutil.wait_procs(running, timeout=40)
+
+    assert alive == []
+    assert sandbox.processes() == []
+
+
+@pytest.mark.parametrize("name", ["queen", "hive"])
+def test_a_taken_port_is_said_before_anything_starts(sandbox: "Sandbox", name: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        other = {"queen": "hive", "hive": "queen"}[name]
+
+        done = sandbox.run("rbee", "up", f"--{name}-port", str(port), f"--{other}-port", "0")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"Port {port} of 127.0.0.1 cannot be used for the {name}" in done.stderr
+    assert f"--{name}-port {port + 10}" in done.stderr
+
+
+def test_a_models_folder_that_is_not_there_is_said(sandbox: "Sandbox") -> None:
+    done = sandbox.run("rbee", "up", "--queen-port", "0", "--hive-port", "0", "--models-dir", "nowhere")
+
+    assert done.returncode == 1
+    assert "--models-dir: there is no folder" in done.stderr
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []

@@ -1,0 +1,306 @@
+"""What breaks around a job, and what its reader sees. Real processes; workers run the sim engine."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from rbee_processes import BIN, Cluster, Service, marked_processes, stream, text_of, until
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("sim"), engine="sim") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def worker(cluster: Cluster) -> Iterator[dict[str, Any]]:
+    """A fresh worker of model `m`, gone afterwards."""
+    spawned = cluster.spawn("m")
+    yield spawned
+    listed = [w["worker_id"] for w in cluster.run({"operation": "worker_list"})["workers"]]
+    if spawned["worker_id"] in listed:
+        cluster.run({"operation": "worker_stop", "worker_id": spawned["worker_id"], "grace_s": 0})
+
+
+def infer(**fields: Any) -> dict[str, Any]:
+    return {"operation": "infer", "model": "m", "prompt": "one two three", "max_tokens": 10_000} | fields
+
+
+def next_tokens(frames: Iterator[tuple[str, dict[str, Any]]], count: int) -> list[dict[str, Any]]:
+    had = []
+    for _, event in frames:
+        had.append(event)
+        count -= event["action"] == "token"
+        if not count:
+            return had
+    raise AssertionError("the stream ended before that many tokens")
+
+
+def test_a_worker_killed_in_mid_stream_ends_the_job_with_worker_lost(
+    cluster: Cluster, worker: dict[str, Any]
+) -> None:
+    """F01: one `error`, then the terminal event and `[DONE]`; never run again."""
+    job_id = cluster.submit(infer())
+    with stream(cluster.queen.url, job_id) as frames:
+        next_tokens(frames, 5)
+        os.kill(worker["pid"], signal.SIGKILL)
+        killed = time.monotonic()
+        rest = [event for _, event in frames]
+
+    assert [event["action"] for event in rest if event["action"] != "token"] == ["error", "execute_error"]
+    assert rest[-2]["code"] == "worker_lost"
+    assert rest[-2]["retryable"] is False
+    assert "signal 9" in rest[-2]["message"]
+    assert time.monotonic() - killed < 5
+    record = httpx.get(f"{cluster.queen.url}/v1/jobs/{job_id}").json()
+    assert record["state"] == "failed"
+    assert record["error"]["code"] == "worker_lost"
+    listed = cluster.run({"operation": "worker_get", "worker_id": worker["worker_id"]})
+    assert (listed["state"], listed["exit_code"]) == ("failed", -9)
+
+
+def test_worker_stop_drains_then_ends_the_process(cluster: Cluster, worker: dict[str, Any]) -> None:
+    job_id = cluster.submit(infer(max_tokens=100))
+    with stream(cluster.queen.url, job_id) as frames:
+        next_tokens(frames, 2)
+        stopping = cluster.submit({"operation": "worker_stop", "worker_id": worker["worker_id"]})
+        with stream(cluster.queen.url, stopping) as stop_frames:
+            stopped = [event for _, event in stop_frames][-1]
+        rest = [event for _, event in frames]
+
+    assert rest[-1]["action"] == "execute_complete", "what ran was not drained"
+    assert stopped["data"]["state"] == "stopped"
+    assert stopped["data"]["exit_code"] == 0
+    assert not psutil.pid_exists(worker["pid"])
+    assert cluster.run({"operation": "worker_list"})["workers"] == []
+
+
+def test_no_such_model_says_what_runs_and_the_command_that_would_start_it(
+    cluster: Cluster, worker: dict[str, Any]
+) -> None:
+    events = cluster.events(infer(model="other"))
+
+    error = next(event for event in events if event["action"] == "error")
+    assert error["code"] == "no_worker"
+    assert f"m ({worker['worker_id']} on box1)" in error["message"]
+    assert "rbee worker spawn --model other --hive-id box1" in error["message"]
+
+
+def test_a_hive_answers_by_itself(cluster: Cluster, worker: dict[str, Any]) -> None:
+    events = cluster.events(infer(max_tokens=3), cluster.hive.url)
+
+    assert [event["actor"].split("/")[0] for event in events if event["action"] == "infer_start"] == ["hive"]
+    assert len(text_of(events).split()) == 3
+    capabilities = httpx.get(f"{cluster.hive.url}/v1/capabilities").json()
+    assert [device["kind"] for device in capabilities["devices"]][-1] == "cpu"
+
+
+def test_what_is_meant_for_another_hive_is_refused(cluster: Cluster) -> None:
+    answer = httpx.post(f"{cluster.hive.url}/v1/jobs", json={"operation": "device_list", "hive_id": "box9"})
+    assert (answer.status_code, answer.json()["code"]) == (404, "hive_not_found")
+
+    events = cluster.events({"operation": "device_list", "hive_id": "box9"})
+    assert [event.get("code") for event in events if event["action"] == "error"] == ["hive_not_found"]
+
+
+def test_a_device_that_is_not_there_is_named(cluster: Cluster) -> None:
+    events = cluster.events({"operation": "worker_spawn", "model": "m", "worker": "cpu", "devices": [0, 1]})
+
+    error = next(event for event in events if event["action"] == "error")
+    assert error["code"] == "device_not_found"
+    assert "cpu device 1" in error["message"]
+
+
+def test_a_worker_that_dies_while_starting_fails_the_spawn_at_once(cluster: Cluster) -> None:
+    before = time.monotonic()
+    events = cluster.events({"operation": "worker_spawn", "model": "m", "worker_args": ["--sim-fail-start"]})
+
+    error = next(event for event in events if event["action"] == "error")
+    assert error["code"] == "worker_spawn_failed"
+    assert "exited with status 1" in error["message"]
+    assert "service_failed" in error["message"], "its last log lines are missing"
+    assert time.monotonic() - before < 15
+    assert cluster.run({"operation": "worker_list"})["workers"] == []
+
+
+def test_requests_go_to_the_least_busy_worker(cluster: Cluster, worker: dict[str, Any]) -> None:
+    other = cluster.spawn("m")
+    job_ids = [cluster.submit(infer(), Prefer="respond-async") for _ in range(6)]
+    chosen = []
+    for job_id in job_ids:
+        with stream(cluster.queen.url, job_id) as frames:
+            decision = next(event for _, event in frames if event["action"] == "infer_schedule")["data"]
+            chosen.append(decision["worker_id"])
+            assert {c["worker_id"] for c in decision["candidates"]} == {
+                worker["worker_id"],
+                other["worker_id"],
+            }
+        httpx.delete(f"{cluster.queen.url}/v1/jobs/{job_id}")
+    cluster.run({"operation": "worker_stop", "worker_id": other["worker_id"], "grace_s": 0})
+
+    assert sorted(chosen.count(w["worker_id"]) for w in (worker, other)) == [3, 3]
+
+
+def test_cancel_goes_down_all_hops(cluster: Cluster, worker: dict[str, Any]) -> None:
+    job_id = cluster.submit(infer())
+    with stream(cluster.queen.url, job_id) as frames:
+        next_tokens(frames, 3)
+        assert httpx.delete(f"{cluster.queen.url}/v1/jobs/{job_id}").status_code == 200
+        assert httpx.delete(f"{cluster.queen.url}/v1/jobs/{job_id}").status_code == 200
+        assert [event for _, event in frames][-1]["action"] == "execute_cancelled"
+
+    (hive_job,) = httpx.get(f"{cluster.queen.url}/v1/jobs/{job_id}").json()["children"]
+    until(lambda: state_of(cluster.hive.url, hive_job) == "cancelled", "the hive's job is cancelled")
+    (worker_job,) = httpx.get(f"{cluster.hive.url}/v1/jobs/{hive_job}").json()["children"]
+    worker_url = f"http://127.0.0.1:{worker['port']}"
+    until(lambda: state_of(worker_url, worker_job) == "cancelled", "the worker's job is cancelled")
+    load = httpx.get(f"{worker_url}/v1/worker").json()["load"]
+    assert load["running"] == 0
+
+
+def test_a_deadline_goes_down_all_hops(cluster: Cluster, worker: dict[str, Any]) -> None:
+    """F34: the time left travels with the request, and the engine is freed."""
+    events = cluster.events(infer(timeout_s=0.5))
+
+    assert events[-1]["action"] == "execute_timeout"
+    assert events[-1]["code"] == "timeout"
+    load = f"http://127.0.0.1:{worker['port']}/v1/worker"
+    until(lambda: httpx.get(load).json()["load"]["running"] == 0, "the engine runs nothing", 2)
+
+
+def test_the_job_that_was_cancelled_below_fails_above(cluster: Cluster, worker: dict[str, Any]) -> None:
+    job_id = cluster.submit(infer())
+    with stream(cluster.queen.url, job_id) as frames:
+        next_tokens(frames, 3)
+        (hive_job,) = httpx.get(f"{cluster.queen.url}/v1/jobs/{job_id}").json()["children"]
+        httpx.delete(f"{cluster.hive.url}/v1/jobs/{hive_job}")
+        rest = [event for _, event in frames]
+
+    assert rest[-2]["code"] == "cancelled_below"
+
+
+def test_heartbeats_of_hive_and_queen(cluster: Cluster, worker: dict[str, Any]) -> None:
+    for url, key in ((cluster.hive.url, "workers"), (cluster.queen.url, "hives")):
+        with httpx.stream("GET", f"{url}/v1/heartbeats/stream") as response:
+            lines = response.iter_lines()
+            assert next(lines) == "event: heartbeat"
+            beat = json.loads(next(lines).removeprefix("data: "))
+        assert worker["worker_id"] in json.dumps(beat[key])
+
+
+SUBMIT_ERRORS = [
+    ('{"operation":"invalid_op"}', 400, "invalid_operation"),
+    ("{}", 400, "invalid_operation"),
+    ("{", 400, "invalid_json"),
+    ("", 400, "invalid_json"),
+    ('{"operation":"infer","model":"m"}', 400, "invalid_field"),
+    ('{"operation":"infer","model":"../../etc","prompt":"x"}', 400, "invalid_field"),
+    ('{"operation":"infer","model":"m","prompt":"x","max_tokens":0}', 400, "invalid_field"),
+    ('{"operation":"model_download","model":"org/name"}', 501, "not_implemented"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "code"), SUBMIT_ERRORS)
+def test_submit_errors_by_curl(cluster: Cluster, body: str, status: int, code: str) -> None:
+    command = ["curl", "-s", "-w", "\n%{http_code}", f"{cluster.queen.url}/v1/jobs", "-d", body]
+    answer, _, http_status = subprocess.run(
+        command, capture_output=True, text=True, check=True
+    ).stdout.rpartition("\n")
+
+    error = json.loads(answer)
+    assert (int(http_status), error["code"]) == (status, code)
+    assert set(error) == {"error", "details", "code", "correlation_id"}
+    assert error["correlation_id"].startswith("corr-")
+
+
+def test_a_queen_that_comes_back_knows_the_hive_within_seconds(tmp_path: Path) -> None:
+    """The hive announces itself again; its workers have gone on meanwhile."""
+    with Cluster(tmp_path, engine="sim") as cluster:
+        spawned = cluster.spawn("m")
+        port = cluster.queen.url.rpartition(":")[2]
+        cluster.queen.kill()
+        cluster.queen = Service("rbee-queen", ["--port", port], tmp_path / "queen2.log", cluster.marker)
+        until(cluster._is_online, "the hive is online again", 15)
+
+        assert psutil.pid_exists(spawned["pid"])
+        assert len(text_of(cluster.events(infer(max_tokens=3))).split()) == 3
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_hive_that_is_stopped_leaves_no_process(tmp_path: Path, signum: signal.Signals) -> None:
+    cluster = Cluster(tmp_path, engine="sim")
+    cluster.spawn("m")
+    cluster.spawn("m", "--sim-start-s", "0")
+
+    assert cluster.hive.terminate(signum) == 0
+    assert cluster.queen.terminate(signum) == 0
+    assert marked_processes(cluster.marker) == []
+
+
+def test_a_hive_stopped_while_a_worker_starts_leaves_no_process(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, engine="sim")
+    job_id = cluster.submit(
+        {"operation": "worker_spawn", "model": "m", "worker_args": ["--sim-start-s", "600"]}
+    )
+    with stream(cluster.queen.url, job_id) as frames:
+        next(event for _, event in frames if event["action"] == "worker_spawn_start")
+        cluster.hive.process.send_signal(signal.SIGTERM)
+        last = [event for _, event in frames][-1]
+
+    assert last["action"] == "execute_error"
+    assert last["code"] == "shutting_down"
+    assert cluster.hive.terminate() == 0
+    assert cluster.queen.terminate() == 0
+    assert marked_processes(cluster.marker) == []
+
+
+def test_a_stopping_queen_ends_what_is_open_with_an_event(tmp_path: Path) -> None:
+    """F06: not ready, submits refused with Retry-After, streams ended, exit 0."""
+    cluster = Cluster(tmp_path, engine="sim")
+    cluster.spawn("m")
+    job_id = cluster.submit(infer())
+    with stream(cluster.queen.url, job_id) as frames:
+        next_tokens(frames, 3)
+        cluster.queen.process.send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(f"{cluster.queen.url}/ready").status_code == 503, "the queen is not ready")
+        refused = httpx.post(f"{cluster.queen.url}/v1/jobs", json={"operation": "status"})
+        assert (refused.status_code, refused.json()["code"]) == (503, "shutting_down")
+        assert "retry-after" in refused.headers
+        # A second signal ends the draining.
+        cluster.queen.process.send_signal(signal.SIGTERM)
+        rest = [event for _, event in frames]
+
+    assert rest[-2]["code"] == "shutting_down"
+    assert cluster.queen.terminate() == 0
+    assert cluster.hive.terminate() == 0
+
+
+@pytest.mark.parametrize(
+    ("program", "args"),
+    [("rbee-queen", []), ("rbee-hive", []), ("rbee-worker", ["--model", "m", "--engine", "sim"])],
+)
+def test_a_taken_port_is_one_clear_line_and_exit_2(program: str, args: list[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = subprocess.run(
+            [BIN / program, *args, "--port", port], capture_output=True, text=True, timeout=30
+        )
+
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"{program}: cannot listen on 127.0.0.1:{port}")
+
+
+def state_of(url: str, job_id: str) -> str:
+    return str(httpx.get(f"{url}/v1/jobs/{job_id}").json()["state"])
