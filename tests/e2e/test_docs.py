@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 RUNNABLE = {"bash", "sh", "python", "javascript"}
-ELSEWHERE = {"make-demo", "rbee-up", "rbee-status", "rbee-infer"}
-"""Run by test_demo.py and test_rbee_up.py, which need the default ports or a terminal's signals."""
+ELSEWHERE = {"activate", "make-demo", "rbee-up", "rbee-status", "rbee-infer", "workers", "jobs", "scripts"}
+"""Run by test_commands.py."""
 
 
 class Block(NamedTuple):
@@ -106,8 +106,10 @@ def test_the_resuming_reader(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_every_named_example_is_run_here_or_says_where() -> None:
     source = Path(__file__).read_text()
+    runnable = [block for block in blocks() if block.language in RUNNABLE and block.page != "README.md"]
     named = [block.name for block in blocks() if block.name]
 
+    assert [block.code for block in runnable if block.name is None and "JOB_ID" not in block.code] == []
     assert len(named) == len(set(named))
     assert [name for name in named if f'"{name}"' not in source] == []
 

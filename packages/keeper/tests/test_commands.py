@@ -154,7 +154,7 @@ def test_infer_cancelled_by_someone_else_fails(cluster: "ClusterUnderTest") -> N
     [
         (["infer", "Hello"], "--model"),
         (["infer", "--model", "m"], "PROMPT"),
-        (["infer", "--model", "m", "--max-tokens", "0", "Hello"], "0"),
+        (["infer", "--model", "m", "--max-tokens", "0", "Hello"], "--max-tokens"),
         (["infer", "--model", "m", "--top-p", "2", "Hello"], "<= 1.0"),
         (["infer", "--model", "../etc", "Hello"], "a model id"),
         (["infer", "--model", "m", b"\xff"], "UTF-8"),

@@ -31,7 +31,7 @@ class Up:
         for line in self.process.stdout:
             event = msgspec.json.decode(line, type=dict[str, Any])
             self.seen.append(event)
-            if event.get("action") == action:
+            if event["action"] == action:
                 return event
         raise AssertionError(f"ended before {action}: {self.seen} {self.process.communicate()}")
 
@@ -42,7 +42,7 @@ class Up:
         return self.process.returncode, stderr
 
     def said(self) -> list[str]:
-        return [str(event.get("action")) for event in self.seen]
+        return [str(event["action"]) for event in self.seen]
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_up_serves_the_only_model_and_stops_in_order(sandbox: "Sandbox") -> None
 
     assert (answer.returncode, len(answer.stdout.split())) == (0, 3)
     assert (exit_code, stderr) == (0, "")
-    stopped = [event["who"] for event in up.seen if event.get("action") == "stopped"]
+    stopped = [event["who"] for event in up.seen if event["action"] == "stopped"]
     assert stopped == ["hive", "queen"]
     assert "worker_spawn_start" in up.said()
     assert sandbox.processes() == []
@@ -133,9 +133,10 @@ def test_ctrl_c_before_anything_is_ready_leaves_nothing(sandbox: "Sandbox") -> N
 def test_a_model_that_cannot_be_loaded_ends_it_all(sandbox: "Sandbox") -> None:
     up = Up(sandbox, "--model", MODEL, "--worker-arg=--sim-fail-start")
 
+    failed = up.until("failed")
     exit_code, stderr = up.end()
 
-    assert exit_code == 1
+    assert (exit_code, failed["code"]) == (1, "worker_spawn_failed")
     assert "before it was ready" in stderr
     assert sandbox.processes() == []
 

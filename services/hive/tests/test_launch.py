@@ -27,7 +27,7 @@ def config(engine: Literal["vllm", "sim"] = "vllm") -> HiveConfig:
 def command(engine: Literal["vllm", "sim"], devices: list[int], *args: str) -> list[str]:
     op = WorkerSpawn(model="org/name", worker_args=list(args))
     return command_line(
-        config(engine), op, worker_id="w1", model_path="/models/org/name", port=9300, devices=devices
+        config(engine), op, worker_id="w1", model_path="/models/org/name", listen_fd=7, devices=devices
     )
 
 

@@ -143,9 +143,10 @@ class JobClient:
         params = {name: value for name, value in query.items() if value is not None}
         return _decode(await self._request("GET", "/v1/jobs", params=params), JobPage)
 
-    async def get_json(self, path: str, type_: type[T]) -> T:
+    async def get_json(self, path: str, type_: type[T], *, timeout_s: float | None = None) -> T:
         """Give the answer of another route of the service, decoded as `type_`."""
-        return _decode(await self._request("GET", path), type_)
+        options = {} if timeout_s is None else {"timeout": timeout_s}
+        return _decode(await self._request("GET", path, **options), type_)
 
     async def post_json(self, path: str, body: object) -> None:
         """Post a struct to another route of the service."""

@@ -5,7 +5,7 @@ from rbee_job_server.context import JobContext, current_job, narrate
 from rbee_job_server.jobs import CancelReason
 from rbee_job_server.logs import configure_logging
 from rbee_job_server.relay import LowerJobFailed, LowerService, Relay
-from rbee_job_server.serve import CannotBind, ServeConfig, ServiceFailed, bind, serve
+from rbee_job_server.serve import CannotBind, ServeConfig, ServiceFailed, adopt, bind, serve
 from rbee_job_server.server import Handlers, JobServer, JobServerConfig, Submission
 from rbee_job_server.streams import EventStreamResponse
 
@@ -23,6 +23,7 @@ __all__ = [
     "ServeConfig",
     "ServiceFailed",
     "Submission",
+    "adopt",
     "bind",
     "build_app",
     "configure_logging",

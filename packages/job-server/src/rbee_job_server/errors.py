@@ -3,7 +3,7 @@
 import msgspec
 import structlog
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ExceptionHandler
 
@@ -20,6 +20,7 @@ from rbee_contracts.errors import (
     Unavailable,
     WorkerLost,
 )
+from rbee_job_server.correlation import HEADER as CORRELATION_HEADER
 from rbee_job_server.correlation import correlation_id_of
 
 log = structlog.get_logger(__name__)
@@ -79,13 +80,20 @@ async def _on_crash(request: Request, exc: Exception) -> Response:
         correlation_id=correlation_id,
         exc_info=exc,
     )
-    return error_response(
+    answer = error_response(
         RbeeError("This is a fault of rbee: its log has the cause under the correlation id."), correlation_id
     )
+    answer.headers[CORRELATION_HEADER] = correlation_id  # this runs outside the middleware that echoes it
+    return answer
+
+
+async def _on_client_gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=400)  # nobody reads it
 
 
 EXCEPTION_HANDLERS: dict[int | type[Exception], ExceptionHandler] = {
     RbeeError: _on_rbee_error,
     HTTPException: _on_http_exception,
+    ClientDisconnect: _on_client_gone,
     Exception: _on_crash,
 }

@@ -41,6 +41,7 @@ class EventStreamResponse:
         self._head = head
         self._on_close = on_close
         self._wrote = False
+        self._writing = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -58,8 +59,9 @@ class EventStreamResponse:
         while True:
             frames, head = head + source.take(), b""
             if frames:
-                self._wrote = True
+                self._wrote = self._writing = True
                 await send({"type": "http.response.body", "body": frames, "more_body": not source.finished})
+                self._writing = False
                 # `send` returns at once when the client has gone: give the loop a turn, so that the
                 # disconnect is seen, and so that what is said in the same turn leaves in one write.
                 await asyncio.sleep(0)
@@ -74,7 +76,8 @@ class EventStreamResponse:
         while True:
             self._wrote = False
             await anyio.sleep(PING_S)
-            if not self._wrote:
+            # A write that waits for a slow reader may be the last one, which no ping may follow.
+            if not (self._wrote or self._writing):
                 await send({"type": "http.response.body", "body": PING_FRAME, "more_body": True})
 
 

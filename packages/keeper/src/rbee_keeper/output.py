@@ -44,6 +44,7 @@ class Output:
             if reconfigure is not None:
                 reconfigure(errors="replace")
         self.to_person = self._stdout.isatty()
+        self.has_told_end = False
         self._at_line_start = True
 
     # --- results ---------------------------------------------------------------------------------------
@@ -79,7 +80,8 @@ class Output:
         self._json_line(msgspec.json.format(encoded, indent=2) if self.to_person else encoded)
 
     def event(self, value: object) -> None:
-        """Write one JSON event on one line."""
+        """Write one JSON event on one line. A job's terminal event tells the end; nothing follows it."""
+        self.has_told_end = self.has_told_end or getattr(value, "kind", None) == "terminal"
         self._json_line(msgspec.json.encode(value))
 
     def grid(self, grid: Grid) -> None:
@@ -124,8 +126,11 @@ class Output:
         self.say(event.formatted or event.message, style="dim")
 
     def failure(self, error: RbeeError, url: str) -> None:
-        """Tell why the command failed and what to do; with `json` the error is the document."""
-        if self.json:
+        """Tell why the command failed and what to do; with `json` the error is the document.
+
+        Unless a stream of events has told it already.
+        """
+        if self.json and not self.has_told_end:
             self.event(error.body())
         else:
             self.end_text()

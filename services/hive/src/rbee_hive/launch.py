@@ -34,14 +34,20 @@ def choose_devices(op: WorkerSpawn, gpu_count: int) -> tuple[DeviceKind, list[in
 
 
 def command_line(
-    config: HiveConfig, op: WorkerSpawn, *, worker_id: str, model_path: str, port: int, devices: list[int]
+    config: HiveConfig,
+    op: WorkerSpawn,
+    *,
+    worker_id: str,
+    model_path: str,
+    listen_fd: int,
+    devices: list[int],
 ) -> list[str]:
     """Give the command that starts a worker. Several devices set the tensor-parallel size.
 
     The caller's `worker_args` come last, so they win.
     """
     command = [sys.executable, "-m", "rbee_worker", "--model", model_path, "--served-model-name", op.model]
-    command += ["--worker-id", worker_id, "--host", WORKER_HOST, "--port", str(port)]
+    command += ["--worker-id", worker_id, "--listen-fd", str(listen_fd)]
     command += ["--engine", config.worker_engine, "--log-level", config.log_level]
     if config.worker_engine == "sim":
         return command + op.worker_args

@@ -27,8 +27,13 @@ class WorkerProcess:
         self.log_path = log_path
 
     @classmethod
-    async def start(cls, command: Sequence[str], env: Mapping[str, str], log_path: Path) -> "WorkerProcess":
+    async def start(
+        cls, command: Sequence[str], env: Mapping[str, str], log_path: Path, pass_fds: Sequence[int] = ()
+    ) -> "WorkerProcess":
         """Start `command` in a session of its own, its output appended to `log_path`.
+
+        Args:
+            pass_fds: file descriptors it inherits, under the same numbers.
 
         Raises:
             OSError: it cannot be started, or the log cannot be written.
@@ -42,6 +47,7 @@ class WorkerProcess:
                 stderr=subprocess.STDOUT,
                 env=env,
                 start_new_session=True,
+                pass_fds=pass_fds,
             )
         return cls(process, log_path)
 

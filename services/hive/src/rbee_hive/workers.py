@@ -16,7 +16,7 @@ from rbee_hive.config import HiveConfig
 from rbee_hive.devices import Devices
 from rbee_hive.launch import WORKER_HOST, DeviceKind, choose_devices, command_line, environment
 from rbee_hive.models import Models
-from rbee_hive.ports import choose_port
+from rbee_hive.ports import listen_on_free_port
 from rbee_hive.process import WorkerProcess
 from rbee_job_client import JobClient
 from rbee_job_server import JobContext, Relay
@@ -25,6 +25,7 @@ log = structlog.get_logger(__name__)
 
 POLL_STARTING_S = 0.2
 POLL_READY_S = 0.5
+POLL_TIMEOUT_S = 2.0
 NARRATE_EVERY_S = 5.0
 FAILED_KEPT = 16
 SHUTDOWN_GRACE_S = 10.0
@@ -192,17 +193,24 @@ class Workers:
     async def _start_process(self, op: WorkerSpawn, kind: DeviceKind, devices: list[int]) -> Worker:
         model = op.model if self._config.worker_engine == "sim" else str(self._models.path(op.model))
         worker_id = f"{op.model.split('/')[-1][:40]}-{secrets.token_hex(3)}".replace("@", "-")
-        port = choose_port({worker.port for worker in self._workers.values()})
-        command = command_line(
-            self._config, op, worker_id=worker_id, model_path=model, port=port, devices=devices
-        )
-        log_path = self._config.state_dir / "logs" / f"{worker_id}.log"
-        try:
-            process = await WorkerProcess.start(command, environment(self._environ, kind, devices), log_path)
-        except OSError as exc:
-            raise WorkerLost(
-                f"The worker's process could not be started: {exc.strerror}.", code="worker_spawn_failed"
-            ) from exc
+        with listen_on_free_port(WORKER_HOST) as listener:
+            port = listener.getsockname()[1]
+            command = command_line(
+                self._config,
+                op,
+                worker_id=worker_id,
+                model_path=model,
+                listen_fd=listener.fileno(),
+                devices=devices,
+            )
+            log_path = self._config.state_dir / "logs" / f"{worker_id}.log"
+            env = environment(self._environ, kind, devices)
+            try:
+                process = await WorkerProcess.start(command, env, log_path, pass_fds=[listener.fileno()])
+            except OSError as exc:
+                raise WorkerLost(
+                    f"The worker's process could not be started: {exc.strerror}.", code="worker_spawn_failed"
+                ) from exc
         worker = Worker(
             worker_id=worker_id, model=op.model, kind=kind, devices=devices, port=port, process=process
         )
@@ -246,9 +254,11 @@ class Workers:
         )
 
     async def _poll(self, worker: Worker) -> bool:
-        """Ask the worker how it is; True when it is ready. Another program on its port is not it."""
+        """Ask the worker how it is; True when it is ready."""
         try:
-            status: WorkerStatus = await worker.client.get_json("/v1/worker", WorkerStatus)
+            status: WorkerStatus = await worker.client.get_json(
+                "/v1/worker", WorkerStatus, timeout_s=POLL_TIMEOUT_S
+            )
         except RbeeError:
             return False
         if status.worker_id != worker.id:

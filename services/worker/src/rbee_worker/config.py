@@ -13,13 +13,17 @@ from rbee_worker.engine.sim import SimParameters, add_arguments, from_args
 
 
 class WorkerConfig(Struct, frozen=True, kw_only=True):
-    """What `rbee-worker` was started with. `sim` is None with the real engine."""
+    """What `rbee-worker` was started with.
+
+    `listen_fd` is a listening socket that the hive made; `sim` is None with the real engine.
+    """
 
     model: str
     served_model_name: str
     worker_id: str
     host: str
     port: int
+    listen_fd: int | None
     drain_timeout_s: float
     log_level: str
     engine_args: list[str]
@@ -49,7 +53,9 @@ def parse(argv: list[str]) -> WorkerConfig:
     )
     parser.add_argument("--worker-id", metavar="ID", help="default: worker-<pid>")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, required=True, help="port to listen on; 0 takes a free one")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--port", type=int, default=0, help="port to listen on; 0 takes a free one")
+    where.add_argument("--listen-fd", type=int, metavar="FD", help="inherited socket that already listens")
     parser.add_argument("--engine", choices=("vllm", "sim"), default="vllm", help="default: %(default)s")
     parser.add_argument(
         "--drain-timeout-s",
@@ -76,6 +82,7 @@ def parse(argv: list[str]) -> WorkerConfig:
         worker_id=worker_id,
         host=args.host,
         port=args.port,
+        listen_fd=args.listen_fd,
         drain_timeout_s=args.drain_timeout_s,
         log_level=args.log_level,
         engine_args=engine_args,

@@ -1,7 +1,7 @@
 """The worker: one engine, one job server, one process."""
 
 from rbee_contracts.operations import Infer
-from rbee_job_server import JobServer, ServeConfig, bind, serve
+from rbee_job_server import JobServer, ServeConfig, adopt, bind, serve
 from rbee_worker.app import build_worker_app
 from rbee_worker.config import WorkerConfig
 from rbee_worker.engine.base import Engine
@@ -15,7 +15,7 @@ async def run(config: WorkerConfig) -> int:
     Raises:
         CannotBind: the port is taken.
     """
-    sock = bind(config.host, config.port)
+    sock = bind(config.host, config.port) if config.listen_fd is None else adopt(config.listen_fd)
     engine = _engine(config)
     state = WorkerState(config, engine)
     server = JobServer(

@@ -1,10 +1,8 @@
 """How a real vLLM engine starts badly, dies and ends; each test has an engine of its own."""
 
-import gc
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -44,11 +42,6 @@ async def processes() -> AsyncIterator[OwnedProcesses]:
     owned = OwnedProcesses()
     yield owned
     assert owned.kill() == []
-    # What vLLM leaves unclosed after a failed start is to warn here, where warnings are let be.
-    for thread in threading.enumerate():
-        if thread.name == "vllm-engine":
-            thread.join()
-    gc.collect()
 
 
 def engine_cores(processes: OwnedProcesses) -> list[int]:

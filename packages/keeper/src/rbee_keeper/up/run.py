@@ -42,6 +42,16 @@ async def run(wanted: Wanted, out: Output, environ: Mapping[str, str]) -> int:
         RbeeError: it could not be started.
     """
     voice = Voice(out)
+    try:
+        return await _run(voice, wanted, out.json, environ)
+    except RbeeError as exc:
+        if out.json:
+            voice.tell("failed", exc.details, code=exc.code)
+            out.has_told_end = True
+        raise
+
+
+async def _run(voice: Voice, wanted: Wanted, is_json: bool, environ: Mapping[str, str]) -> int:
     plan = make_plan(wanted, environ, Path.cwd())
     await _check_ports(wanted, plan)
     _make_folder(plan.folder)
@@ -53,9 +63,7 @@ async def run(wanted: Wanted, out: Output, environ: Mapping[str, str]) -> int:
         try:
             await cluster.while_alive(asyncio.create_task(up.run()))
         except Stopped:
-            voice.tell(
-                "stop", "\nStopping; Ctrl-C again ends everything at once." if not out.json else "Stopping."
-            )
+            voice.tell("stop", ("" if is_json else "\n") + "Stopping; Ctrl-C again ends everything at once.")
         except RbeeError as exc:
             failure = exc
             if isinstance(exc, ChildDied):

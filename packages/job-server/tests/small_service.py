@@ -1,0 +1,66 @@
+"""A service in a process of its own: `small_service.py <port> <drain_timeout_s>`. What it does is asked by prompt."""
+
+import sys
+
+import anyio
+
+from rbee_contracts.errors import InvalidRequest
+from rbee_contracts.operations import HiveList, Infer, Status
+from rbee_job_server import (
+    CannotBind,
+    JobContext,
+    JobServer,
+    ServeConfig,
+    bind,
+    build_app,
+    configure_logging,
+    narrate,
+    serve,
+)
+
+
+async def main(port: int, drain_timeout_s: float) -> int:
+    release, crash = anyio.Event(), anyio.Event()
+
+    async def infer(operation: Infer, context: JobContext) -> dict[str, str]:
+        prompt, output = str(operation.prompt), "OUTPUT-MARK"
+        context.emit_token(output)
+        if "reject" in prompt:
+            raise InvalidRequest(f"No: {prompt}")
+        if "crash" in prompt:
+            raise ValueError(f"{prompt} {output}")
+        if "hang" in prompt:
+            await anyio.sleep_forever()
+        if "wait" in prompt:
+            await release.wait()
+        return {"text": output}
+
+    async def status(_: Status, __: JobContext) -> None:
+        narrate("said", "Released.")
+        release.set()
+
+    async def hive_list(_: HiveList, __: JobContext) -> None:
+        local = "LOCAL-MARK"
+        crash.set()
+        raise ZeroDivisionError(f"length {len(local)}")
+
+    async def background() -> None:
+        await crash.wait()
+        raise RuntimeError("THE-CAUSE")
+
+    configure_logging(service="worker/w1")
+    server = JobServer(
+        service="worker", actor="worker/w1", handlers={Infer: infer, Status: status, HiveList: hive_list}
+    )
+    app = build_app(server, name="worker", service_id="w1", version="0")
+    try:
+        sock = bind("127.0.0.1", port)
+    except CannotBind as exc:
+        print(exc, file=sys.stderr)
+        return 2
+    config = ServeConfig(host="127.0.0.1", port=port, drain_timeout_s=drain_timeout_s)
+    return await serve(app, server, sock, config, loops=[background])
+
+
+if __name__ == "__main__":
+    raise SystemExit(anyio.run(main, int(sys.argv[1]), float(sys.argv[2])))

@@ -1,0 +1,148 @@
+"""`make demo` and `rbee up` with a real engine, and the commands of the getting-started page."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rbee_processes import BIN, MARKER, REPOSITORY, Cluster, marked_processes, until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+EXPECTED = "it starts when somebody reads it, every event in it has a number"
+PROMPT = "A job is an event stream:"
+
+
+@pytest.fixture
+def marker() -> Iterator[str]:
+    """Mark processes in their environment; none may be left at the end."""
+    marker = f"{os.getpid()}-{time.monotonic_ns()}"
+    yield marker
+    left = marked_processes(marker)
+    for process in left:
+        process.kill()
+    assert not left
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "COLUMNS": "200"} | more
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_make_demo(marker: str) -> None:
+    """The demo ends by itself, its tokens continue the docs' sentence, and one id is in every hop's log."""
+    done = subprocess.run(
+        [BIN / "python", "scripts/demo.py"],
+        cwd=REPOSITORY,
+        env=environment(**{MARKER: marker}),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    tokens = "".join(re.findall(r'"action":"token","message":"((?:[^"\\]|\\.)*)"', done.stdout))
+    assert tokens.strip().startswith(EXPECTED)
+    assert "data: [DONE]" in done.stdout
+    streamed = set(re.findall(r'"correlation_id":"([^"]+)"', done.stdout))
+    assert len(streamed) == 1
+    correlation_id = streamed.pop()
+    shown = done.stdout[done.stdout.rindex("data: [DONE]") :]
+    for service in ("queen", "hive", "worker"):
+        # Under each service's name stand its own lines with the id.
+        assert re.search(rf"{service}.*\n(.+\n)*?.*{correlation_id}", shown), f"no line of the {service}: {shown}"
+    assert marked_processes(marker) == []
+
+
+def test_ctrl_c_of_rbee_up_leaves_no_process(marker: str, tmp_path: Path) -> None:
+    queen_port, hive_port = free_port(), free_port()
+    queen = f"http://127.0.0.1:{queen_port}"
+    command = ["rbee", "up", "--model", "rbee-tiny", "--models-dir", str(REPOSITORY / "models")]
+    command += ["--queen-port", str(queen_port), "--hive-port", str(hive_port)]
+    output = tmp_path / "up.log"
+    with output.open("wb") as log:
+        up = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment(**{MARKER: marker, "XDG_STATE_HOME": str(tmp_path)}),
+            start_new_session=True,
+        )
+    try:
+        until(lambda: "rbee infer" in output.read_text() or up.poll() is not None, "rbee up is ready", 120)
+        infer = ["rbee", "infer", "--queen", queen, "--model", "rbee-tiny", "--temperature", "0", PROMPT]
+        answer = subprocess.run(infer, env=environment(), capture_output=True, text=True, timeout=60)
+        assert (answer.returncode, EXPECTED in answer.stdout) == (0, True), output.read_text() + answer.stderr
+        assert len(marked_processes(marker)) >= 4
+    finally:
+        os.killpg(up.pid, signal.SIGINT)
+        code = up.wait(60)
+
+    assert code in (0, 130)
+    assert marked_processes(marker) == [], output.read_text()
+
+
+def commands_of(name: str) -> list[str]:
+    page = (REPOSITORY / "docs/getting-started.md").read_text()
+    found = re.search(rf"<!-- test: {name} -->\n```bash\n(.*?)```", page, re.DOTALL)
+    assert found is not None
+    return found[1].splitlines()
+
+
+def run(cluster: Cluster, command: str, **ids: str) -> str:
+    """Run a line of the page, with its addresses and ids replaced by real ones."""
+    for name, value in ids.items():
+        command = command.replace(name, value)
+    command = command.replace("http://10.0.0.5:7833", cluster.queen.url).replace(
+        "http://10.0.0.7:7835", cluster.hive.url
+    )
+    words = shlex.split(command)
+    variables = dict(word.split("=", 1) for word in words if "=" in word.split("://")[0] and not word.startswith("-"))
+    words = [word for word in words if word.split("=", 1)[0] not in variables]
+    done = subprocess.run(
+        words,
+        env=environment(RBEE_QUEEN_URL=cluster.queen.url) | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def test_the_commands_of_the_getting_started_page(cluster: Cluster) -> None:
+    for name in ("rbee-status", "scripts"):
+        for command in commands_of(name):
+            assert "rbee-tiny" in run(cluster, command), command
+    assert EXPECTED in run(cluster, commands_of("rbee-infer")[0] + " --temperature 0")
+
+    spawn, listing, stop = commands_of("workers")
+    before = {worker["worker_id"] for worker in cluster.run({"operation": "worker_list"})["workers"]}
+    assert "is not ready yet" in run(cluster, spawn)
+    after = {worker["worker_id"] for worker in cluster.run({"operation": "worker_list"})["workers"]}
+    (worker_id,) = after - before
+    assert worker_id in run(cluster, listing)
+    run(cluster, stop, WORKER_ID=worker_id)
+    assert worker_id not in run(cluster, listing)
+
+    job_id = cluster.submit(
+        {"operation": "infer", "model": "rbee-tiny", "prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True},
+        Prefer="respond-async",
+    )
+    job_list, show, _, cancel = commands_of("jobs")
+    assert job_id in run(cluster, job_list)
+    run(cluster, cancel, JOB_ID=job_id)
+    assert "cancelled" in run(cluster, show, JOB_ID=job_id)
+    assert job_id in run(cluster, "rbee job stream JOB_ID --json || true".removesuffix(" || true"), JOB_ID=job_id)
