@@ -102,7 +102,10 @@ class Services:
     def stop(self) -> None:
         """Stop the hive, which stops its workers, then the queen; end by force what does not obey."""
         for name, process in reversed(self._running):
-            if process.poll() is None:
+            if process.poll() is not None:
+                say(f"{name} had ended by itself with status {process.returncode}; its last log lines:")
+                say(tail(self.log(name)))
+            else:
                 process.send_signal(signal.SIGTERM)
                 try:
                     process.wait(STOP_TIMEOUT_S)
@@ -157,7 +160,9 @@ def below() -> Iterator[int]:
 
 def tail(path: Path, lines: int = 15) -> str:
     try:
-        return "\n".join(f"    {line}" for line in path.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(
+            f"    {line[:400]}" for line in path.read_text(errors="replace").splitlines()[-lines:]
+        )
     except OSError as exc:
         return f"    ({path}: {exc.strerror})"
 

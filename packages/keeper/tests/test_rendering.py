@@ -10,7 +10,7 @@ from rbee_contracts.nodes import Device, WorkerInfo
 from rbee_job_client import Unreachable
 from rbee_keeper import render
 from rbee_keeper.output import Grid, Output, printable
-from rbee_keeper.remedies import remedy
+from rbee_keeper.remedies import explain
 from rbee_keeper.settings import Options, resolve
 
 JOB = "job-00000000-0000-4000-8000-000000000000"
@@ -150,15 +150,14 @@ def test_a_job_without_times_has_no_duration() -> None:
     assert row == (JOB, "infer", "-", "pending", "odd", "-", "-")
 
 
-def test_remedies() -> None:
-    unreachable = remedy(Unreachable("No answer from http://q (ConnectError: long)."), "http://q")
-    several = remedy(RbeeError("There are several hives.", code="hive_id_needed"), "http://q")
-    other = remedy(RbeeError("Broken."), "http://q")
+def test_errors_are_explained_with_what_to_do() -> None:
+    unreachable = explain(Unreachable("No answer from http://q (ConnectError: long)."), "http://q")
+    several = explain(RbeeError("There are several hives.", code="hive_id_needed"), "http://q")
+    other = explain(RbeeError("Broken."), "http://q")
 
-    assert unreachable[0] == "no answer from http://q."
-    assert "rbee up" in str(unreachable[1])
-    assert "--hive-id" in str(several[1])
-    assert other == ("Broken.", None)
+    assert unreachable.startswith("no answer from http://q. Start rbee on this machine with `rbee up`")
+    assert several == "There are several hives. Add --hive-id NAME; see: rbee hive list"
+    assert other == "Broken."
 
 
 def test_printable_keeps_text() -> None:

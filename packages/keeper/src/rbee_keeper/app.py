@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rbee_keeper.command import HiveOption, JsonOption, QueenOption
+from rbee_keeper.command import HiveOption, JsonOption, QueenOption, TokenFileOption
 from rbee_keeper.commands import infer, job, node, up, worker
 from rbee_keeper.settings import Options
 
@@ -31,12 +31,13 @@ def build_app() -> typer.Typer:
         context: typer.Context,
         queen: QueenOption = None,
         hive: HiveOption = None,
+        token_file: TokenFileOption = None,
         json: JsonOption = False,
         _version: Annotated[
             bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
         ] = False,
     ) -> None:
-        context.obj = Options(queen=queen, hive=hive, json=json)
+        context.obj = Options(queen=queen, hive=hive, token_file=token_file, json=json)
 
     up.register(app)
     node.register_status(app)

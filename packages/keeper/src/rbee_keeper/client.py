@@ -31,7 +31,7 @@ class JobFailed(RbeeError):
 
 def connect(settings: Settings) -> JobClient:
     """Make a client of the service that was asked for."""
-    return JobClient(settings.url, timeouts=Timeouts(request=SUBMIT_TIMEOUT_S))
+    return JobClient(settings.url, token=settings.token, timeouts=Timeouts(request=SUBMIT_TIMEOUT_S))
 
 
 def ignore(_: AnyEvent) -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
@@ -41,6 +42,15 @@ HiveOption = Annotated[
         rich_help_panel="Whom to ask, how to answer",
     ),
 ]
+TokenFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        metavar="FILE",
+        help="Holds the cluster's token (default: the one in RBEE_TOKEN, if any).",
+        rich_help_panel="Whom to ask, how to answer",
+    ),
+]
 JsonOption = Annotated[
     bool,
     typer.Option("--json", help="Print JSON.", rich_help_panel="Whom to ask, how to answer"),
@@ -54,6 +64,7 @@ class Call(Struct, frozen=True):
     """One call of `rbee`: whom it speaks to, where it prints, what its environment was."""
 
     settings: Settings
+    token_file: Path | None
     out: Output
     environ: Mapping[str, str]
 
@@ -82,11 +93,12 @@ def command(
             context: typer.Context,
             queen: str | None,
             hive: str | None,
+            token_file: Path | None,
             json: bool,
             **values: Any,
         ) -> None:
-            options = Options(queen=queen, hive=hive, json=json).over(context.obj)
-            call = _call(options)
+            options = Options(queen=queen, hive=hive, token_file=token_file, json=json)
+            call = _call(options.over(context.obj))
             raise typer.Exit(_run(call, function(call, **values), has_own_signals))
 
         run.__doc__ = function.__doc__
@@ -97,6 +109,7 @@ def command(
                 *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own),
                 _parameter("queen", QueenOption, None),
                 _parameter("hive", HiveOption, None),
+                _parameter("token_file", TokenFileOption, None),
                 _parameter("json", JsonOption, False),
             ]
         )
@@ -117,7 +130,7 @@ def _call(options: Options) -> Call:
         settings = resolve(options, environ)
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from exc
-    return Call(settings, Output(json=options.json), environ)
+    return Call(settings, options.token_file, Output(json=options.json), environ)
 
 
 def _run(call: Call, work: Coroutine[Any, Any, int | None], has_own_signals: bool) -> int:

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from rbee_contracts.errors import RbeeError
-from rbee_keeper.remedies import remedy
+from rbee_keeper.remedies import explain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,12 +89,15 @@ class Output:
         if not grid.rows:
             self.line(grid.empty)
         elif self.to_person:
+            from rich import box
             from rich.table import Table
             from rich.text import Text
 
             table = Table(title=grid.title, title_justify="left", title_style="bold", header_style="dim")
-            for index, column in enumerate(grid.columns):
-                table.add_column(column, no_wrap=index == 0)
+            table.box, table.show_edge, table.pad_edge = box.SIMPLE_HEAD, False, False
+            for column in grid.columns:
+                # What names a thing is there to be copied, so it is never cut.
+                table.add_column(column, no_wrap=column in _NAMES)
             for row in grid.rows:
                 table.add_row(*(Text(printable(cell), style=_STYLES.get(cell, "")) for cell in row))
             self._console().print(table)
@@ -134,10 +137,7 @@ class Output:
             self.event(error.body())
         else:
             self.end_text()
-        what, to_do = remedy(error, url)
-        self.say(f"Error: {what}", style="red")
-        if to_do:
-            self.say(f"To do: {to_do}")
+        self.say(f"Error: {explain(error, url)}", style="red")
 
     def abandon(self) -> None:
         """Stop writing to a stdout that nobody reads any more, also at the interpreter's end."""
@@ -154,6 +154,7 @@ class Output:
         return Console(file=self._stdout, highlight=False)
 
 
+_NAMES = frozenset({"job", "worker", "hive", "device", "operation", "state"})
 _STYLES = {
     "ready": "green",
     "online": "green",

@@ -119,7 +119,7 @@ def jobs(listed: Sequence[JobRecord]) -> Grid:
                 job.operation,
                 job.model or "-",
                 job.state,
-                _local(job.created_at),
+                _local(job.created_at, "%m-%d %H:%M:%S"),
                 _took(job),
                 job.error.code if job.error else "-",
             )
@@ -192,12 +192,12 @@ def _moment(text: str | None) -> datetime | None:
         return None
 
 
-def _local(text: str | None) -> str:
+def _local(text: str | None, form: str = "%Y-%m-%d %H:%M:%S") -> str:
     moment = _moment(text)
     if moment is None:
         return text or "-"
     here = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone()
-    return f"{here:%Y-%m-%d %H:%M:%S}"
+    return here.strftime(form)
 
 
 def _took(job: JobRecord) -> str:

@@ -58,6 +58,8 @@ def register(app: typer.Typer) -> None:
             queen_port=queen_port,
             hive_port=hive_port,
             hive_id=hive_id,
+            token=call.settings.token,
+            token_file=call.token_file,
             worker_args=worker_arg or [],
             worker_engine=worker_engine,
             verbose=verbose,

@@ -11,7 +11,8 @@ from pathlib import Path
 from rbee_keeper.output import printable
 
 TAIL_LINES = 12
-TAIL_BYTES = 16_384
+TAIL_BYTES = 65_536
+TAIL_LINE_CHARS = 400
 
 # The child is told to stop when `rbee up` dies without a word (SIGKILL), and then becomes the service.
 # Its own session keeps the terminal's Ctrl-C from it: only `rbee up` gets that, and stops all in order.
@@ -85,4 +86,8 @@ class Child:
                 text = log.read().decode(errors="replace")
         except OSError:
             return []
-        return [printable(line) for line in text.splitlines() if line.strip()][-TAIL_LINES:]
+        return [_short(printable(line)) for line in text.splitlines() if line.strip()][-TAIL_LINES:]
+
+
+def _short(line: str) -> str:
+    return line if len(line) <= TAIL_LINE_CHARS else f"{line[:TAIL_LINE_CHARS]}…"

@@ -16,6 +16,7 @@ from rbee_keeper.up.voice import Voice
 # The hive's longest orderly stop: it drains, ends what is left (5 s), stops its workers (10 s), closes (4 s).
 STOP_TIMEOUT_S = DRAIN_TIMEOUT_S + 25.0
 SAY_WAITING_AFTER_S = 6.0
+DEATH_TIMEOUT_S = 10.0
 
 
 class ChildDied(RbeeError):
@@ -102,9 +103,10 @@ class Cluster:
         try:
             waited: set[asyncio.Future[Any]] = {work, stop, self._death}
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-            if work.done() and not stop.done() and work.exception() is not None:
-                # It failed because a child has died, perhaps, and that is about to be known.
-                await asyncio.wait({self._death}, timeout=0.5)
+            if work.done() and not stop.done() and _tells_of_an_end(work.exception()):
+                # A child is about to end, perhaps; that is then the cause.
+                ends: set[asyncio.Future[Any]] = {stop, self._death}
+                await asyncio.wait(ends, timeout=DEATH_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             if stop.done():
                 raise Stopped
             if self._death.done():
@@ -113,8 +115,12 @@ class Cluster:
         finally:
             stop.cancel()
             work.cancel()
-            # What it cleans up (a job to cancel) has its own deadline.
-            await asyncio.wait({work}, timeout=10)
+            # What it cleans up (a job to cancel) has its own deadline; a second signal does not wait for it.
+            hurried = asyncio.create_task(self._second.wait())
+            await asyncio.wait({work, hurried}, return_when=asyncio.FIRST_COMPLETED)
+            hurried.cancel()
+            if work.done() and not work.cancelled():
+                work.exception()  # told by what was raised above; marks it as seen
 
     def _on_signal(self) -> None:
         if self._first.is_set():
@@ -156,3 +162,8 @@ class Cluster:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _tells_of_an_end(exc: BaseException | None) -> bool:
+    """Whether a failure looks like that of a service that is ending."""
+    return isinstance(exc, RbeeError) and exc.code in ("shutting_down", "unreachable", "stream_cut")

@@ -1,13 +1,13 @@
 """What `rbee up` is going to start: names, ports, folders, command lines. Decided before anything runs."""
 
 import importlib.util
-import ipaddress
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 
 from msgspec import Struct
 
+from rbee_contracts.access import HOW_TO_MAKE_A_TOKEN, is_loopback
 from rbee_contracts.errors import RbeeError
 
 DRAIN_TIMEOUT_S = 10
@@ -22,6 +22,8 @@ class Wanted(Struct, frozen=True, kw_only=True):
     queen_port: int
     hive_port: int
     hive_id: str | None
+    token: str | None
+    token_file: Path | None
     worker_args: list[str]
     worker_engine: str | None
     verbose: bool
@@ -36,7 +38,6 @@ class Plan(Struct, frozen=True, kw_only=True):
     hive_args: list[str]
     folder: Path
     models_dir: Path | None
-    warnings: list[str]
 
 
 def make_plan(wanted: Wanted, environ: Mapping[str, str], here: Path) -> Plan:
@@ -52,6 +53,11 @@ def make_plan(wanted: Wanted, environ: Mapping[str, str], here: Path) -> Plan:
                 "this rbee. In a checkout: make setup",
                 code="not_installed",
             )
+    if wanted.token is None and not is_loopback(wanted.host):
+        raise RbeeError(
+            f"--host {wanted.host} lets others in, which needs a token: {HOW_TO_MAKE_A_TOKEN}",
+            code="no_token",
+        )
     queen_port = wanted.queen_port or _free_port(wanted.host)
     hive_port = wanted.hive_port or _free_port(wanted.host)
     connect_to = _connect_to(wanted.host)
@@ -59,6 +65,7 @@ def make_plan(wanted: Wanted, environ: Mapping[str, str], here: Path) -> Plan:
     folder = _state_folder(environ) / f"up-{queen_port}"
     models_dir = _models_dir(wanted, environ, here)
     common = ["--host", wanted.host, "--drain-timeout-s", str(DRAIN_TIMEOUT_S)]
+    common += ["--token-file", str(wanted.token_file.expanduser().absolute())] if wanted.token_file else []
     hive_args = [*common, "--port", str(hive_port), "--queen-url", queen_url, "--state-dir", str(folder)]
     hive_args += ["--hive-id", wanted.hive_id] if wanted.hive_id else []
     hive_args += ["--models-dir", str(models_dir)] if models_dir else []
@@ -70,13 +77,7 @@ def make_plan(wanted: Wanted, environ: Mapping[str, str], here: Path) -> Plan:
         hive_args=hive_args,
         folder=folder,
         models_dir=models_dir,
-        warnings=[] if _is_loopback(wanted.host) else [_OPEN.format(host=wanted.host)],
     )
-
-
-_OPEN = (
-    "Whoever reaches {host} can use this cluster and start workers on it. Keep it inside a network you trust."
-)
 
 
 def taken(host: str, port: int) -> str | None:
@@ -130,12 +131,3 @@ def _connect_to(host: str) -> str:
     if host == "::":
         return "[::1]"
     return f"[{host}]" if ":" in host else host
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -11,11 +11,9 @@ from pathlib import Path
 from rbee_contracts.errors import Conflict, RbeeError
 from rbee_contracts.nodes import (
     DeviceListResult,
-    HiveHeartbeat,
     ModelListResult,
     QueenHeartbeat,
     ServiceInfo,
-    WorkerInfo,
 )
 from rbee_contracts.operations import DeviceList, ModelList, WorkerSpawn
 from rbee_job_client import JobClient, Rejected, StreamCut, Timeouts, Unreachable
@@ -25,6 +23,7 @@ from rbee_keeper.render import duration
 from rbee_keeper.up.cluster import ChildDied, Cluster, Stopped
 from rbee_keeper.up.plan import Plan, Wanted, make_plan, taken
 from rbee_keeper.up.voice import Voice
+from rbee_keeper.up.workers import watch_workers
 
 READY_TIMEOUT_S = 60.0
 READY_POLL_S = 0.1
@@ -55,8 +54,6 @@ async def _run(voice: Voice, wanted: Wanted, is_json: bool, environ: Mapping[str
     plan = make_plan(wanted, environ, Path.cwd())
     await _check_ports(wanted, plan)
     _make_folder(plan.folder)
-    for warning in plan.warnings:
-        voice.tell("warning", warning, style="yellow")
     failure: RbeeError | None = None
     async with Cluster(voice, environ) as cluster:
         up = _Up(wanted, plan, voice, cluster)
@@ -86,7 +83,7 @@ class _Up:
         self._plan = plan
         self._voice = voice
         self._cluster = cluster
-        self._known: dict[str, str] = {}
+        self._ready: set[str] = set()
 
     async def run(self) -> None:
         plan = self._plan
@@ -95,8 +92,8 @@ class _Up:
         await self._cluster.start("hive", plan.hive_args, self._log_path("hive"))
         timeouts = Timeouts(connect=2.0, resume=5.0)
         async with (
-            JobClient(plan.queen_url, timeouts=timeouts) as queen,
-            JobClient(plan.hive_url, timeouts=timeouts) as hive,
+            JobClient(plan.queen_url, token=self._wanted.token, timeouts=timeouts) as queen,
+            JobClient(plan.hive_url, token=self._wanted.token, timeouts=timeouts) as hive,
         ):
             await self._until_ready("queen", queen)
             await self._until_ready("hive", hive)
@@ -106,7 +103,7 @@ class _Up:
             if model is not None:
                 await self._spawn(queen, hive_id, model)
             self._tell_ready(model)
-            await self._watch_workers(hive)
+            await watch_workers(hive, self._voice, self._plan.folder / "logs", self._ready)
 
     async def _until_ready(self, name: str, client: JobClient) -> None:
         """Wait for `/ready`; says so when it takes long.
@@ -183,7 +180,7 @@ class _Up:
     async def _spawn(self, queen: JobClient, hive_id: str, model: str) -> None:
         operation = WorkerSpawn(model=model, hive_id=hive_id, worker_args=self._wanted.worker_args)
         spawned = await perform(queen, operation, self._voice.narrate, is_ours=True)
-        self._known[spawned.worker_id] = "ready"
+        self._ready.add(spawned.worker_id)
 
     def _tell_ready(self, model: str | None) -> None:
         url = self._plan.queen_url
@@ -191,6 +188,11 @@ class _Up:
         queen = "" if default else f" --queen {url}"
         name = model or "MODEL"
         body = f'{{"operation":"infer","model":"{name}","prompt":"{PROMPT}","max_tokens":40}}'
+        bearer = ""
+        if self._wanted.token is not None:
+            source = self._wanted.token_file
+            bearer = '-H "Authorization: Bearer ' + (f"$(cat {source})" if source else "$RBEE_TOKEN") + '" '
+            queen += f" --token-file {source}" if source else ""
         lines = ["", "Ready." if model else "Ready, without a worker.", ""]
         if model is None:
             lines += ["Load a model:", f"  rbee{queen} worker spawn --model MODEL", ""]
@@ -199,9 +201,8 @@ class _Up:
             f"  rbee{queen} infer --model {name} {shlex.quote(PROMPT)}",
             "",
             "Or with curl, the answer names the stream to read with: curl -sSN "
-            + url
-            + "/v1/jobs/JOB_ID/stream",
-            f"  curl -sS {url}/v1/jobs -H 'Content-Type: application/json' -d {shlex.quote(body)}",
+            f"{bearer}{url}/v1/jobs/JOB_ID/stream",
+            f"  curl -sS {bearer}{url}/v1/jobs -H 'Content-Type: application/json' -d {shlex.quote(body)}",
             "",
         ]
         if not self._wanted.verbose:
@@ -217,37 +218,6 @@ class _Up:
             model=model,
             logs=str(self._plan.folder),
         )
-
-    async def _watch_workers(self, hive: JobClient) -> None:
-        """Tell of workers that come, fail and go, for ever."""
-        while True:
-            try:
-                async with aclosing(hive.heartbeats("follower=keeper", HiveHeartbeat)) as beats:
-                    async for beat in beats:
-                        self._compare(beat.workers)
-            except RbeeError:
-                # The hive has died, which is told elsewhere, or will answer again.
-                await asyncio.sleep(1)
-
-    def _compare(self, workers: list[WorkerInfo]) -> None:
-        for worker in workers:
-            was, self._known[worker.worker_id] = self._known.get(worker.worker_id), worker.state
-            if worker.state == was:
-                continue
-            if worker.state == "ready":
-                self._voice.tell("worker_ready", f"{worker.worker_id} serves {worker.model}", who="worker")
-            elif worker.state == "failed":
-                self._voice.tell(
-                    "worker_failed",
-                    f"{worker.worker_id} died (status {worker.exit_code}); its log: "
-                    f"{self._plan.folder / 'logs' / worker.worker_id}.log; "
-                    f"start another: rbee worker spawn --model {worker.model}",
-                    who="worker",
-                    style="red",
-                )
-        for gone in self._known.keys() - {worker.worker_id for worker in workers}:
-            if self._known.pop(gone) != "failed":
-                self._voice.tell("worker_stopped", f"{gone} has stopped", who="worker")
 
     def _log_path(self, name: str) -> Path | None:
         return None if self._wanted.verbose else self._plan.folder / f"{name}.log"
@@ -268,16 +238,16 @@ async def _check_ports(wanted: Wanted, plan: Plan) -> None:
         why = taken(wanted.host, port)
         if why is None:
             continue
-        other = await _who(url)
+        other = await _who(url, wanted.token)
         text = f"Port {port} of {wanted.host} cannot be used for the {name}: {why}."
         if other is not None:
             text += f" An rbee {other} answers there: use it (rbee status), or stop it first."
         raise Conflict(f"{text} Or take another: rbee up --{name}-port {port + 10}", code="port_taken")
 
 
-async def _who(url: str) -> str | None:
+async def _who(url: str, token: str | None) -> str | None:
     """Give which of rbee's services answers at `url`, if one does."""
-    async with JobClient(url, timeouts=Timeouts(connect=1.0, request=2.0)) as client:
+    async with JobClient(url, token=token, timeouts=Timeouts(connect=1.0, request=2.0)) as client:
         try:
             info: ServiceInfo = await client.get_json("/v1/info", ServiceInfo)
         except RbeeError:
