@@ -1,5 +1,6 @@
 """`rbee-worker`: parse, configure logging, run, exit."""
 
+import os
 import sys
 
 import anyio
@@ -11,7 +12,7 @@ from rbee_worker.main import run
 
 
 def main() -> None:
-    config = parse(sys.argv[1:])
+    config = parse(sys.argv[1:], dict(os.environ))
     configure_logging(
         service=f"worker/{config.worker_id}", level=config.log_level, worker_id=config.worker_id
     )

@@ -34,4 +34,6 @@ def build_worker_app(
         version=VERSION,
         routes=[Route("/v1/worker", worker), Mount("/", app=engine_app)],
         not_ready=state.not_ready,
+        access=config.access,
+        limits=config.limits,
     )

@@ -3,12 +3,18 @@
 import argparse
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from msgspec import Struct
 
+from rbee_contracts.access import UnusableToken, check_token
 from rbee_contracts.ids import MODEL_ID_PATTERN, WORKER_ID_PATTERN
+from rbee_job_server.access import AccessConfig
+from rbee_job_server.guards import Limits
 from rbee_job_server.logs import LEVELS
+from rbee_job_server.options import add_guard_options, read_guard_options, refuse
 from rbee_worker.engine.sim import SimParameters, add_arguments, from_args
 
 
@@ -28,10 +34,17 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     log_level: str
     engine_args: list[str]
     sim: SimParameters | None
+    access: AccessConfig = AccessConfig()
+    limits: Limits = Limits()
 
 
-def parse(argv: list[str]) -> WorkerConfig:
-    """Read the command line; what follows `--` goes to the engine.
+MAX_TOKEN_BYTES = 4096
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+def parse(argv: list[str], environ: Mapping[str, str] = _NOTHING) -> WorkerConfig:
+    """Read the command line; what follows `--` goes to the engine. `RBEE_TOKEN` stands in for a flag.
 
     Raises:
         SystemExit: with status 2 and one clear line, when it cannot be used.
@@ -64,6 +77,10 @@ def parse(argv: list[str]) -> WorkerConfig:
         help="seconds for running jobs on SIGTERM (default: %(default)s)",
     )
     parser.add_argument("--log-level", choices=LEVELS, default="info")
+    add_guard_options(parser)
+    parser.add_argument(
+        "--token-fd", type=int, metavar="FD", help="inherited pipe that holds this worker's own token"
+    )
     add_arguments(
         parser.add_argument_group("sim", "the model of a GPU engine, for load tests; with --engine sim")
     )
@@ -76,6 +93,8 @@ def parse(argv: list[str]) -> WorkerConfig:
         parser.error(f"--worker-id {worker_id!r} may only have letters, digits, '.', '_' and '-'")
     if args.engine == "sim" and engine_args:
         parser.error("the sim engine takes no arguments after --; its own begin with --sim-")
+    given = None if args.token_fd is None else _token_from(parser, args.token_fd)
+    guarding = read_guard_options(parser, args, environ, given)
     return WorkerConfig(
         model=args.model,
         served_model_name=name,
@@ -87,4 +106,15 @@ def parse(argv: list[str]) -> WorkerConfig:
         log_level=args.log_level,
         engine_args=engine_args,
         sim=from_args(args) if args.engine == "sim" else None,
+        access=guarding.access,
+        limits=guarding.limits,
     )
+
+
+def _token_from(parser: argparse.ArgumentParser, fd: int) -> str:
+    """Read the token that the hive put into a pipe; nobody can read it there again."""
+    try:
+        with os.fdopen(fd, "rb") as pipe:
+            return check_token(pipe.read(MAX_TOKEN_BYTES).decode("latin-1"), f"file descriptor {fd}")
+    except (OSError, UnusableToken) as exc:
+        refuse(parser, str(exc) if isinstance(exc, UnusableToken) else f"--token-fd {fd}: {exc.strerror}")

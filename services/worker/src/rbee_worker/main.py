@@ -32,9 +32,15 @@ async def run(config: WorkerConfig) -> int:
         build_worker_app(config, server, state, engine),
         server,
         sock,
-        ServeConfig(host=config.host, port=config.port, drain_timeout_s=config.drain_timeout_s),
+        ServeConfig(
+            host=config.host,
+            port=config.port,
+            drain_timeout_s=config.drain_timeout_s,
+            limits=config.limits,
+        ),
         loops=[run_engine],
         on_stop=engine.stop,
+        on_crash=engine.kill,
     )
 
 

@@ -85,6 +85,9 @@ class Engine(Protocol):
     async def stop(self) -> None:
         """End the engine and every process of it, within seconds. Never raises; safe to call again."""
 
+    def kill(self) -> None:
+        """End every process of the engine at once: its own process is about to end. Never blocks."""
+
     @property
     def http_app(self) -> Any:
         """The engine's own ASGI app (OpenAI routes, /metrics), or None; there once `start` returned."""

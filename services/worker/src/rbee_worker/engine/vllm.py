@@ -238,6 +238,11 @@ class VllmEngine:
                         _log.exception("engine_shutdown_failed")
             await self._kill_rest()
 
+    def kill(self) -> None:
+        """SIGKILL the engine's processes; see `Engine.kill`."""
+        self._is_abandoned = True
+        self._owned.kill()
+
     async def _kill_rest(self) -> None:
         with anyio.move_on_after(_KILL_S) as limit:
             while self._owned.kill() or self._is_spawning:  # noqa: ASYNC110 (no event tells of either)

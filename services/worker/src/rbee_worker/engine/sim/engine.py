@@ -68,6 +68,9 @@ class SimEngine:
             self._timer = None
         self._fail_all()
 
+    def kill(self) -> None:
+        """Nothing to do: the engine has no process besides this one."""
+
     @property
     def http_app(self) -> Any:
         """A Starlette app with the chat completions route, /v1/models, /metrics and /health."""
