@@ -1,6 +1,7 @@
 """Services in this process on real ports, connections that fail on command, and time that is only counted."""
 
 import asyncio
+import math
 import selectors
 import socket
 import time
@@ -19,7 +20,10 @@ from starlette.routing import BaseRoute
 from rbee_contracts.errors import Unavailable
 from rbee_contracts.events import AnyEvent, decode_event
 from rbee_job_server import Handlers, JobServer, JobServerConfig, bind, build_app
+from rbee_job_server.access import AccessConfig
 from rbee_job_server.clock import Clock
+from rbee_job_server.guards import Limits
+from rbee_job_server.protocol import guarded
 
 T = TypeVar("T")
 
@@ -104,12 +108,19 @@ def run_counted(main: Callable[[], Awaitable[None]]) -> None:
 
 
 class _WebServer(uvicorn.Server):
-    """uvicorn without signals, told to stop by an event instead of a poll."""
+    """uvicorn without signals and without its polls, which take 0.1 s each."""
 
-    def __init__(self, app: Starlette) -> None:
+    def __init__(self, app: Starlette, limits: Limits) -> None:
         super().__init__(
             uvicorn.Config(
-                app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
+                app,
+                http=guarded(limits),
+                ws="none",
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                proxy_headers=False,
             )
         )
         self.listening = anyio.Event()
@@ -121,6 +132,16 @@ class _WebServer(uvicorn.Server):
 
     async def main_loop(self) -> None:
         await self.stopped.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for sock in sockets or []:
+            sock.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        state = self.server_state
+        await eventually(lambda: not (state.connections or state.tasks), "all connections closed")
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -164,18 +185,33 @@ async def running(
     routes: Sequence[BaseRoute] = (),
     port: int = 0,
     not_ready: Callable[[], str | None] = lambda: None,
+    access: AccessConfig | None = None,
+    limits: Limits | None = None,
 ) -> AsyncIterator[Running]:
     """Run a job server on a port of its own."""
     server = JobServer(service=service, actor=actor, handlers=handlers, config=config, clock=clock)
     app = build_app(
-        server, name="worker", service_id="w1", version="0.0.0", routes=routes, not_ready=not_ready
+        server,
+        name="worker",
+        service_id="w1",
+        version="0.0.0",
+        routes=routes,
+        not_ready=not_ready,
+        access=access,
+        limits=limits,
     )
     sock = bind("127.0.0.1", port)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    web = _WebServer(app)
+    web = _WebServer(app, limits or Limits())
+    web_ended = anyio.Event()
+
+    async def run_web() -> None:
+        await web.serve([sock])
+        web_ended.set()
+
     async with anyio.create_task_group() as tasks:
         await tasks.start(server.run)
-        tasks.start_soon(web.serve, [sock])
+        tasks.start_soon(run_web)
         await web.listening.wait()
         try:
             async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, trust_env=False) as http:
@@ -185,7 +221,7 @@ async def running(
                 await server.end_all(Unavailable("The test is over."), grace_s=1)
                 server.firehose.close()
                 web.stopped.set()
-                await eventually(lambda: not web.server_state.connections, "all connections closed")
+                await web_ended.wait()
         tasks.cancel_scope.cancel()
 
 
@@ -240,13 +276,13 @@ def text_of(frames: Sequence[Frame]) -> str:
 class TcpRelay:
     """A TCP port in front of another one, whose connections can be cut, held and refused.
 
-    `limit`: bytes that a connection may carry towards the client before it is cut, the next connection
-    being free again; None for no limit.
+    `limits`: one number for each of the next connections: how many bytes it may carry towards the
+    client before it is cut.
     """
 
     def __init__(self, port: int) -> None:
         self.target = port
-        self.limit: int | None = None
+        self.limits: list[int] = []
         self.refusing = False
         self.accepted = 0
         self.requests: list[bytes] = []
@@ -300,15 +336,10 @@ class TcpRelay:
         scope.cancel()
 
     async def _downwards(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        carried = 0
+        left = self.limits.pop(0) if self.limits else math.inf
         with suppress(OSError):
-            while data := await reader.read(65536):
-                carried += len(data)
-                if self.limit is not None and carried > self.limit:
-                    writer.write(data[: len(data) - (carried - self.limit)])
-                    self.limit = None
-                    await writer.drain()
-                    return
+            while left and (data := await reader.read(int(min(left, 65536)))):
+                left -= len(data)
                 writer.write(data)
                 await writer.drain()
 

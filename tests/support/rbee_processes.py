@@ -38,9 +38,14 @@ def until(condition: Callable[[], T], what: str, timeout_s: float = 30.0) -> T:
 class Service:
     """One service's process, started in a group of its own; its log is JSON lines in a file."""
 
-    def __init__(self, program: str, args: Sequence[str], log_path: Path, marker: str) -> None:
+    def __init__(
+        self, program: str, args: Sequence[str], log_path: Path, marker: str, token: str | None = None
+    ) -> None:
         self.log_path = log_path
         environment = os.environ | {MARKER: marker, "PYTHONWARNINGS": "default"}
+        environment.pop("RBEE_TOKEN", None)
+        if token is not None:
+            environment["RBEE_TOKEN"] = token
         with log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [BIN / program, *args],
@@ -91,21 +96,30 @@ class Cluster:
     """A queen and a hive on free ports; workers are spawned through the queen."""
 
     def __init__(
-        self, folder: Path, *, engine: str = "vllm", models: Path = MODELS, hive_id: str = "box1"
+        self,
+        folder: Path,
+        *,
+        engine: str = "vllm",
+        models: Path = MODELS,
+        hive_id: str = "box1",
+        queen_args: Sequence[str] = (),
+        token: str | None = None,
     ) -> None:
+        self.token = token
+        self.auth = {} if token is None else {"Authorization": f"Bearer {token}"}
         self.folder = folder
         self.marker = f"{os.getpid()}-{folder.name}-{time.monotonic_ns()}"
         self.hive_id = hive_id
         self.state_dir = folder / "state"
-        self.queen = Service("rbee-queen", ["--port", "0"], folder / "queen.log", self.marker)
+        self.queen = Service(
+            "rbee-queen", ["--port", "0", *queen_args], folder / "queen.log", self.marker, token
+        )
+        self._hive_args = [
+            *("--hive-id", hive_id, "--queen-url", self.queen.url, "--models-dir", str(models)),
+            *("--state-dir", str(self.state_dir), "--worker-engine", engine),
+        ]
         self.hive = Service(
-            "rbee-hive",
-            [
-                *("--port", "0", "--hive-id", hive_id, "--queen-url", self.queen.url),
-                *("--models-dir", str(models), "--state-dir", str(self.state_dir), "--worker-engine", engine),
-            ],
-            folder / "hive.log",
-            self.marker,
+            "rbee-hive", ["--port", "0", *self._hive_args], folder / "hive.log", self.marker, token
         )
         until(self._is_online, "the hive is online at the queen")
 
@@ -127,6 +141,15 @@ class Cluster:
             for process in self.processes():
                 process.kill()
 
+    def restart_hive(self, port: str) -> None:
+        self.hive = Service(
+            "rbee-hive",
+            ["--port", port, *self._hive_args],
+            self.folder / "hive2.log",
+            self.marker,
+            self.token,
+        )
+
     def _is_online(self) -> bool:
         hives = self.run({"operation": "hive_list"})["hives"]
         return any(hive["hive_id"] == self.hive_id and hive["state"] == "online" for hive in hives)
@@ -136,7 +159,7 @@ class Cluster:
         return marked_processes(self.marker)
 
     def submit(self, operation: dict[str, Any], url: str | None = None, **headers: str) -> str:
-        answer = httpx.post(f"{url or self.queen.url}/v1/jobs", json=operation, headers=headers)
+        answer = httpx.post(f"{url or self.queen.url}/v1/jobs", json=operation, headers=self.auth | headers)
         assert answer.status_code in (200, 202), answer.text
         return str(answer.json()["job_id"])
 
@@ -145,7 +168,7 @@ class Cluster:
     ) -> list[dict[str, Any]]:
         """Run an operation and give all events of its stream."""
         job_id = self.submit(operation, url, **headers)
-        with stream(url or self.queen.url, job_id) as frames:
+        with stream(url or self.queen.url, job_id, **self.auth) as frames:
             return [event for _, event in frames]
 
     def run(self, operation: dict[str, Any], url: str | None = None) -> Any:
@@ -177,10 +200,11 @@ def marked_processes(marker: str) -> list[psutil.Process]:
 
 @contextmanager
 def stream(
-    url: str, job_id: str, last_event_id: str | None = None
+    url: str, job_id: str, last_event_id: str | None = None, **headers: str
 ) -> Iterator[Iterator[tuple[str, dict[str, Any]]]]:
     """Open a job's stream; iterates (event id, event) and fails unless it ends with `[DONE]`."""
-    headers = {} if last_event_id is None else {"Last-Event-ID": last_event_id}
+    if last_event_id is not None:
+        headers["Last-Event-ID"] = last_event_id
     with httpx.stream("GET", f"{url}/v1/jobs/{job_id}/stream", headers=headers, timeout=45) as response:
         assert response.status_code == 200, response.read()
         yield _frames(response.iter_lines())

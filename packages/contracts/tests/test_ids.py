@@ -12,8 +12,37 @@ from rbee_contracts.ids import HiveId, JobId, ModelId, WorkerId
 from rbee_contracts.sse import START, Position, parse_event_id, parse_firehose_id
 
 HOSTILE = [
-    *("", " ", ".", "..", "../x", "a/../b", "/etc", "/etc/passwd", "~/x", "-rf", "a b", "a\\b", "a\x00", "\x00"),
-    *("a\n", "a\r\n", "a\u2028", "é", "a\u0301", "１", "x" * 10_240, "a/b/c", "a@", "@a", "a//b", "a/", "a@b@c"),
+    *(
+        "",
+        " ",
+        ".",
+        "..",
+        "../x",
+        "a/../b",
+        "/etc",
+        "/etc/passwd",
+        "~/x",
+        "-rf",
+        "a b",
+        "a\\b",
+        "a\x00",
+        "\x00",
+    ),
+    *(
+        "a\n",
+        "a\r\n",
+        "a\u2028",
+        "é",
+        "a\u0301",
+        "１",
+        "x" * 10_240,
+        "a/b/c",
+        "a@",
+        "@a",
+        "a//b",
+        "a/",
+        "a@b@c",
+    ),
 ]
 
 
@@ -85,7 +114,13 @@ def test_a_hop_job_id_differs_by_service_job_step_and_attempt() -> None:
 
 def test_step_keys_are_told_from_users_keys() -> None:
     assert ids.is_step_key(ids.step_key(ids.new_job_id(), "infer", 3))
-    for key in ("", "order-17", "job-1/infer/0", f"{ids.new_job_id()}/infer", f"{ids.new_job_id()}/infer/0\n"):
+    for key in (
+        "",
+        "order-17",
+        "job-1/infer/0",
+        f"{ids.new_job_id()}/infer",
+        f"{ids.new_job_id()}/infer/0\n",
+    ):
         assert not ids.is_step_key(key)
     assert ids.is_idempotency_key(ids.step_key(ids.new_job_id(), "s" * 64, 9999))
 
@@ -112,7 +147,9 @@ def test_firehose_ids_round_trip(boot: str, seq: int) -> None:
     assert parse_firehose_id(f"{boot}-{seq}") == (boot, seq)
 
 
-@pytest.mark.parametrize("text", ["", "ab", "ab-", "-1", "AB-1", "ab-1\n", "ab-1-2", "ab-１", "a" * 33 + "-1"])
+@pytest.mark.parametrize(
+    "text", ["", "ab", "ab-", "-1", "AB-1", "ab-1\n", "ab-1-2", "ab-１", "a" * 33 + "-1"]
+)
 def test_malformed_firehose_ids_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not of the form"):
         parse_firehose_id(text)

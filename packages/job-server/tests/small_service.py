@@ -1,4 +1,4 @@
-"""A service in a process of its own: `small_service.py <port> <drain_timeout_s>`. What it does is asked by prompt."""
+"""A service in a process of its own, `small_service.py <port> <drain_timeout_s>`; prompts are commands."""
 
 import sys
 

@@ -113,12 +113,11 @@ def test_resumption_gives_exactly_the_rest_or_one_gap(steps: list[str], output: 
             match step:
                 case "say":
                     jobs[number % 2].narrate("said", "something")
-                    expected.append((str(jobs[number % 2].log and jobs[number % 2].log.position), "said"))
+                    expected.append((str(jobs[number % 2].record().position), "said"))
                 case "token":
                     jobs[number % 2].emit_token("x")
                     if output:
-                        position = jobs[number % 2].log and jobs[number % 2].log.position
-                        expected.append((str(position), "token"))
+                        expected.append((str(jobs[number % 2].record().position), "token"))
                 case "drop":
                     follower.close()
                     follower = firehose.follow(parse_firehose_id(last_id), output=output)

@@ -39,7 +39,9 @@ class Process:
     def until(self, condition: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> Any:
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):
-            assert time.monotonic() < deadline, f"not in {timeout_s} s: {what}; log: {self.log_path.read_text()}"
+            assert time.monotonic() < deadline, (
+                f"not in {timeout_s} s: {what}; log: {self.log_path.read_text()}"
+            )
             time.sleep(0.005)
         return value
 
@@ -195,7 +197,9 @@ def test_a_taken_port_is_one_clear_line() -> None:
 
     assert result.returncode == 2
     assert result.stdout == ""
-    assert re.fullmatch(rf"cannot listen on 127\.0\.0\.1:{port}: Address already in use\. .+\n", result.stderr)
+    assert re.fullmatch(
+        rf"cannot listen on 127\.0\.0\.1:{port}: Address already in use\. .+\n", result.stderr
+    )
 
 
 def test_small_answers_are_not_held_back(start: Callable[..., Process]) -> None:
@@ -215,7 +219,9 @@ def test_the_log_is_json_with_ids_and_without_any_text(start: Callable[..., Proc
     for prompt in ("PROMPT-MARK", "PROMPT-MARK reject", "PROMPT-MARK crash"):
         ended.append(process.submit(prompt=prompt, **{"X-Correlation-ID": f"corr-{len(ended)}"}))
         assert process.read(ended[-1])[-1].action == "[DONE]"
-    process.http.post("/v1/jobs", content=b'{"operation":"infer","model":"PROMPT-MARK/..","prompt":"PROMPT-MARK"}')
+    process.http.post(
+        "/v1/jobs", content=b'{"operation":"infer","model":"PROMPT-MARK/..","prompt":"PROMPT-MARK"}'
+    )
     process.read(process.submit("hive_list"))
     process.wait()
     text = process.log_path.read_text()

@@ -2,14 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
 import anyio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rbee_inprocess import LoopClock, actions, frames_of, run_counted
+from rbee_inprocess import LoopClock, actions, eventually, frames_of, run_counted
 
 from rbee_contracts.errors import (
     Conflict,
@@ -62,6 +62,15 @@ def submit(server: JobServer, operation: Operation = INFER, **options: Any) -> J
 
 def said(job: Job) -> list[str]:
     return actions(frames_of(job.reader(START).take()))
+
+
+def state_of(job: Job) -> str:
+    """The state; a call, so that mypy does not take it for unchanging."""
+    return job.state
+
+
+def keeps_log(job: Job) -> bool:
+    return job.log is not None
 
 
 def end_code(job: Job) -> Any:
@@ -180,7 +189,7 @@ def test_a_job_never_read_is_cancelled_and_never_runs() -> None:
         async with serving(handler) as server:
             job = submit(server)
             await anyio.sleep(UNREAD_S - 0.1)
-            assert job.state == "pending"
+            assert state_of(job) == "pending"
             await anyio.sleep(0.2)
 
             assert said(job) == ["execute_cancelled", "[DONE]"]
@@ -188,7 +197,7 @@ def test_a_job_never_read_is_cancelled_and_never_runs() -> None:
             server.attach(job)
             await settle()
             assert ran == []
-            assert job.state == "cancelled"
+            assert state_of(job) == "cancelled"
 
     run_counted(walk)
 
@@ -244,11 +253,11 @@ def test_the_shortest_limit_ends_the_job(
         async with serving(handler) as server:
             job = submit(server, operation, respond_async=True, time_left_s=time_left_s)
             await anyio.sleep(limit - 0.5)
-            assert job.state == "running"
+            assert state_of(job) == "running"
             await anyio.sleep(1)
 
             assert said(job) == ["execute", "execute_timeout", "[DONE]"]
-            assert job.state == "failed"
+            assert state_of(job) == "failed"
             assert job.record().error is not None
             assert left == [pytest.approx(limit, abs=0.01)]
 
@@ -262,7 +271,7 @@ def test_the_limit_counts_from_the_start_and_not_from_the_submit() -> None:
             await anyio.sleep(50)
             server.attach(job)
             await anyio.sleep(9)
-            assert job.state == "running"
+            assert state_of(job) == "running"
             await anyio.sleep(2)
             assert said(job)[-2] == "execute_timeout"
 
@@ -274,7 +283,7 @@ def test_without_a_limit_a_job_may_take_days() -> None:
         async with serving(forever) as server:
             job = submit(server, Status(), respond_async=True)
             await anyio.sleep(3600)
-            assert job.state == "running"
+            assert state_of(job) == "running"
 
     run_counted(walk)
 
@@ -431,10 +440,9 @@ async def test_cancel_stops_the_handler_and_waits_for_nothing() -> None:
 @pytest.mark.anyio
 async def test_a_handler_that_completes_against_its_cancellation_changes_nothing() -> None:
     async def handler(_: Operation, __: JobContext) -> str:
-        try:
+        with suppress(anyio.get_cancelled_exc_class()):
             await anyio.sleep_forever()
-        except anyio.get_cancelled_exc_class():
-            return "done all the same"
+        return "done all the same"
 
     async with serving(handler) as server:
         job = submit(server, respond_async=True)
@@ -462,7 +470,7 @@ async def test_a_job_cancelled_before_its_handler_ran_stays_cancelled() -> None:
 @pytest.mark.anyio
 async def test_narrate_finds_its_job_from_nested_calls_and_child_tasks() -> None:
     async def deep(text: str) -> None:
-        await anyio.sleep(0)
+        await asyncio.sleep(0)
         narrate("said", text, number=len(text))
 
     async def handler(operation: Infer, _: JobContext) -> None:
@@ -475,9 +483,7 @@ async def test_narrate_finds_its_job_from_nested_calls_and_child_tasks() -> None
     async with serving(handler) as server:
         jobs = [submit(server, Infer(model="m", prompt=name), respond_async=True) for name in ("a", "b", "c")]
         for job in jobs:
-            with anyio.fail_after(5):
-                while not job.is_finished:
-                    await anyio.sleep(0)
+            await eventually(lambda job=job: job.is_finished, "the job ended")  # type: ignore[misc]
 
     for job, name in zip(jobs, ("a", "b", "c"), strict=True):
         frames = [frame.json for frame in frames_of(job.reader(START).take())[1:-2]]
@@ -600,10 +606,61 @@ def test_draining_waits_for_what_runs_and_no_longer_than_told() -> None:
             begun = now()
             await server.drain(3)
             assert now() == pytest.approx(begun + 3, abs=0.01)
-            assert job.state == "running"
+            assert state_of(job) == "running"
             await server.drain(30)
             assert now() == pytest.approx(begun + 7, abs=0.01)
-            assert job.state == "completed"
+            assert state_of(job) == "completed"
+
+    run_counted(walk)
+
+
+def test_draining_waits_for_no_operation_but_inference() -> None:
+    async def walk() -> None:
+        now = asyncio.get_running_loop().time
+        async with serving(forever) as server:
+            job = submit(server, WorkerSpawn(model="m"), respond_async=True)
+            begun = now()
+            await server.drain(30)
+            assert now() == begun
+            assert state_of(job) == "running"
+
+    run_counted(walk)
+
+
+@pytest.mark.parametrize(
+    ("operation", "of_a_hop", "ends"),
+    [(INFER, True, True), (INFER, False, False), (WorkerSpawn(model="m"), True, False)],
+)
+def test_an_inference_whose_owner_is_gone_is_cancelled(
+    operation: Operation, of_a_hop: bool, ends: bool
+) -> None:
+    async def walk() -> None:
+        async with serving(forever) as server:
+            follower = server.firehose.follow(None, output=True)
+            key = step_key(new_job_id(), "infer") if of_a_hop else "of a user"
+            job = submit(server, operation, respond_async=True, idempotency_key=key)
+            await anyio.sleep(300)
+            assert state_of(job) == "running"
+            follower.close()
+            await anyio.sleep(55)
+            assert state_of(job) == "running"
+            await anyio.sleep(10)
+
+            assert job.is_finished is ends
+            if ends:
+                assert end_code(job) == "owner_gone"
+
+    run_counted(walk)
+
+
+def test_an_owner_that_comes_back_in_time_keeps_its_job() -> None:
+    async def walk() -> None:
+        async with serving(forever) as server:
+            job = submit(server, respond_async=True, idempotency_key=step_key(new_job_id(), "infer"))
+            for _ in range(5):
+                await anyio.sleep(50)
+                server.firehose.follow(None, output=True).close()
+            assert state_of(job) == "running"
 
     run_counted(walk)
 
@@ -620,15 +677,15 @@ def test_a_finished_log_is_kept_ten_minutes_and_longer_while_it_is_read() -> Non
             )
             server.attach(read)
             await anyio.sleep(LOG_RETENTION_S - 2)
-            assert unread.log is not None
+            assert keeps_log(unread)
             await anyio.sleep(4)
 
-            assert unread.log is None
-            assert read.log is not None
-            assert unread.state == "completed"
+            assert not keeps_log(unread)
+            assert keeps_log(read)
+            assert state_of(unread) == "completed"
             server.detach(read)
             await anyio.sleep(2)
-            assert read.log is None
+            assert not keeps_log(read)
             assert len(server.registry) == 2
 
     run_counted(walk)

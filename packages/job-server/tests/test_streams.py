@@ -4,6 +4,7 @@ import asyncio
 
 import anyio
 import pytest
+from rbee_inprocess import eventually
 from starlette.types import Message
 
 from rbee_job_server import streams
@@ -63,9 +64,8 @@ async def test_a_ping_never_follows_the_end_of_a_reader_that_stalled(monkeypatch
     async with anyio.create_task_group() as tasks:
         response = EventStreamResponse(source, on_close=closed.set)
         tasks.start_soon(response, {"type": "http"}, connection.receive, connection.send)
+        await eventually(lambda: connection.bodies, "the first ping")
         with anyio.fail_after(5):
-            while not connection.bodies:
-                await anyio.sleep(0.001)
             connection.writable.clear()
             source.put(b"data: the end\n\n", last=True)
             await anyio.sleep(0.05)  # several pings are due

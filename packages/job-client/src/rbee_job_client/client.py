@@ -7,6 +7,7 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import aiohttp
 import httpx
 import msgspec
 from httpx_aiohttp import AiohttpTransport
@@ -52,11 +53,22 @@ def backoff_s() -> Iterator[float]:
         limit = min(limit * 2, BACKOFF_MAX_S)
 
 
+class _Transport(AiohttpTransport):
+    """aiohttp under httpx. What httpx-aiohttp leaves as it is, an answer that is not HTTP, is mapped too."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        try:
+            return await super().handle_async_request(request)
+        except aiohttp.ClientError as exc:
+            raise httpx.RemoteProtocolError(str(exc)) from exc
+
+
 class JobClient:
     """Speaks the job contract to one service. Use as an async context manager, or `aclose` it.
 
     Args:
         base_url: e.g. `http://127.0.0.1:7833`.
+        token: sent with every request, where the service asks for one.
         timeouts: see `Timeouts`.
         transport: for tests; by default httpx's aiohttp transport.
 
@@ -67,15 +79,19 @@ class JobClient:
         self,
         base_url: str,
         *,
+        token: str | None = None,
         timeouts: Timeouts | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self._timeouts = timeouts or Timeouts()
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
+        # 0 is aiohttp's "no limit" (None would be 100); idle connections are given up before the
+        # services close them after 5 s, or a submit could meet the close.
+        limits = httpx.Limits(max_connections=0, keepalive_expiry=4.0)
         self._http = httpx.AsyncClient(
             base_url=self.base_url,
-            transport=transport or AiohttpTransport(limits=limits, trust_env=False),
+            headers={} if token is None else {"Authorization": f"Bearer {token}"},
+            transport=transport or _Transport(limits=limits, trust_env=False),
             timeout=httpx.Timeout(self._timeouts.request, connect=self._timeouts.connect),
             trust_env=False,
         )
@@ -171,15 +187,26 @@ class JobClient:
     ) -> AsyncGenerator[tuple[Position, AnyEvent], None]:
         """As `stream`, with each event's position."""
         delays = backoff_s()
+        begun = position
         give_up_at: float | None = None
         while True:
             try:
                 async with aclosing(self._stream_once(job_id, position)) as events:
-                    async for position, event in events:
-                        delays, give_up_at = backoff_s(), None
+                    async for (n, i), event in events:
+                        if event.kind == "output":
+                            is_new, seen = i > position.outputs, position._replace(outputs=i)
+                        else:
+                            is_new, seen = n > position.narrations, position._replace(narrations=n)
+                        if not is_new:
+                            continue  # from a peer that sends again what we have
+                        position, delays, give_up_at = seen, backoff_s(), None
                         yield position, event
                         if event.kind == "terminal":
                             return
+                if begun == START:
+                    raise ProtocolError(
+                        f"{self.base_url} ended the stream of {job_id} without a terminal event."
+                    )
                 return
             except (StreamCut, Unreachable) as exc:
                 now = asyncio.get_running_loop().time()
@@ -306,7 +333,16 @@ def _correlation(correlation_id: str | None) -> dict[str, str]:
 
 
 def _reason(exc: Exception) -> str:
-    return f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+    """Say it as a person would; httpx-aiohttp's own words name sockets and TLS settings."""
+    match exc:
+        case httpx.ConnectTimeout() | httpx.ConnectError():
+            return "nothing answers there"
+        case httpx.TimeoutException():
+            return "it did not answer in time"
+        case httpx.NetworkError() | httpx.RemoteProtocolError():
+            return "the connection was lost"
+        case _:
+            return f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
 
 
 async def _raise_for_status(response: httpx.Response) -> None:
@@ -314,7 +350,7 @@ async def _raise_for_status(response: httpx.Response) -> None:
         return
     try:
         body = msgspec.json.decode(await response.aread(), type=ErrorBody)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         body = ErrorBody(
             error="Rejected", details=f"{response.url} answered {response.status_code}.", code="rejected"
         )
@@ -324,7 +360,7 @@ async def _raise_for_status(response: httpx.Response) -> None:
 def _decode(response: httpx.Response, type_: type[T]) -> T:
     try:
         return msgspec.json.decode(response.content, type=type_)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise ProtocolError(
             f"{response.url} answered {response.status_code} with an unreadable body."
         ) from exc

@@ -1,0 +1,676 @@
+"""The client against real job servers, connections that break, and servers that misbehave."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import anyio
+import httpx
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rbee_inprocess import ManualClock, Running, TcpRelay, eventually, running, scripted, tcp_relay
+
+from rbee_contracts.errors import InvalidRequest, Unavailable
+from rbee_contracts.events import (
+    AnyEvent,
+    Error,
+    Execute,
+    ExecuteCancelled,
+    ExecuteComplete,
+    ExecuteError,
+    Gap,
+    Narration,
+    Token,
+    encode_event,
+)
+from rbee_contracts.ids import new_job_id
+from rbee_contracts.nodes import ServiceInfo
+from rbee_contracts.operations import HiveList, Infer, ModelList, ModelLoad, Status
+from rbee_contracts.sse import START, Position
+from rbee_job_client import JobClient, ProtocolError, Rejected, StreamCut, Timeouts, Unreachable
+from rbee_job_server import Handlers, JobContext
+from rbee_job_server.registry import LOG_RETENTION_S
+
+pytestmark = pytest.mark.anyio
+
+QUICK = Timeouts(connect=1, request=2, read=2, resume=0.6)
+JOB_ID = new_job_id()
+COMMON: dict[str, Any] = {
+    "actor": "worker/w1",
+    "job_id": JOB_ID,
+    "correlation_id": "corr-1",
+    "timestamp": "2026-01-01T00:00:00.000000Z",
+}
+SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+EXECUTE = Execute(message="go", formatted="", **COMMON)
+END = ExecuteComplete(message="end", formatted="", **COMMON)
+HARD_TEXTS = [
+    "\u2028\u2029\x85\x0b\x0c",
+    "a\r\n\r\nb\rc\n\nd",
+    "data: x\n\n",
+    "\U0001f41dé",
+    "",
+    " ",
+    "\ufeff",
+    "\x00",
+]
+
+LARGE_TEXT = "\u2028é\U0001f41d\r\n" * 200_000
+
+
+def token(text: str, index: int = 0) -> Token:
+    return Token(message=text, index=index, **COMMON)
+
+
+def frame(event_id: str, event: AnyEvent) -> bytes:
+    return b"id: %b\ndata: %b\n\n" % (event_id.encode(), encode_event(event))
+
+
+def text_of(events: list[AnyEvent]) -> str:
+    return "".join(event.message for event in events if isinstance(event, Token))
+
+
+async def speak(operation: Infer, context: JobContext) -> dict[str, int]:
+    words = str(operation.prompt).split(" ")
+    for number, word in enumerate(words):
+        if number % 10 == 0:
+            context.narrate("said", f"word {number}")
+        context.emit_token(f"{word} ")
+        await asyncio.sleep(0)
+    return {"tokens": len(words)}
+
+
+async def hang(_: Status, __: JobContext) -> None:
+    await anyio.sleep_forever()
+
+
+async def say_much(_: HiveList, context: JobContext) -> None:
+    context.emit_token(LARGE_TEXT)
+
+
+async def refuse(_: ModelList, __: JobContext) -> None:
+    raise Unavailable("No disk.", code="no_disk")
+
+
+HANDLERS: Handlers = {Infer: speak, Status: hang, ModelList: refuse, HiveList: say_much}
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Running]:
+    async with running(HANDLERS) as service:
+        yield service
+
+
+@pytest.fixture
+async def client(service: Running) -> AsyncIterator[JobClient]:
+    async with JobClient(service.url, timeouts=QUICK) as client:
+        yield client
+
+
+@pytest.fixture
+async def relay(service: Running) -> AsyncIterator[TcpRelay]:
+    async with tcp_relay(service.port) as relay:
+        yield relay
+
+
+async def read_all(client: JobClient, job_id: str, position: Position = START) -> list[AnyEvent]:
+    return [event async for event in client.stream(job_id, position)]
+
+
+# --- requests ------------------------------------------------------------------------------------------
+
+
+async def test_a_job_from_submit_to_its_end(client: JobClient) -> None:
+    accepted = await client.submit(Infer(model="m", prompt="a b"), correlation_id="mine")
+    events = await read_all(client, accepted.job_id)
+
+    assert [type(event) for event in events] == [Execute, Narration, Token, Token, ExecuteComplete]
+    assert text_of(events) == "a b "
+    assert {event.correlation_id for event in events} == {"mine"}
+    assert {event.job_id for event in events} == {accepted.job_id}
+
+
+async def test_submit_and_stream(client: JobClient) -> None:
+    events = [event async for event in client.submit_and_stream(ModelList())]
+
+    assert [type(event) for event in events] == [Execute, Error, ExecuteError]
+
+
+async def test_the_options_of_a_submit_travel_as_headers(client: JobClient, service: Running) -> None:
+    accepted = await client.submit(Status(), respond_async=True, idempotency_key="k", time_left_s=0.05)
+    again = await client.submit(Status(), respond_async=True, idempotency_key="k")
+    job = service.server.registry.get(accepted.job_id)
+
+    assert again == accepted
+    assert job.policy.timeout_s == 0.05
+    await eventually(lambda: job.state == "failed", "it ran by itself and timed out")
+
+
+async def test_cancel_says_whether_there_was_something_to_cancel(client: JobClient) -> None:
+    accepted = await client.submit(Status(), respond_async=True)
+    done = await client.submit(ModelList())
+    await read_all(client, done.job_id)
+
+    assert await client.cancel(accepted.job_id)
+    assert await client.cancel(accepted.job_id)
+    assert not await client.cancel(done.job_id)
+    assert not await client.cancel(new_job_id())
+    assert isinstance((await read_all(client, accepted.job_id))[-1], ExecuteCancelled)
+
+
+async def test_records_and_lists_decode(client: JobClient) -> None:
+    first = await client.submit(Infer(model="m", prompt="a"))
+    await client.submit(Status())
+    await read_all(client, first.job_id)
+
+    assert (await client.get(first.job_id)).state == "completed"
+    page = await client.list_jobs(limit=1)
+    assert [job.operation for job in page.jobs] == ["status"]
+    assert [job.job_id for job in (await client.list_jobs(cursor=page.next_cursor)).jobs] == [first.job_id]
+    assert [job.job_id for job in (await client.list_jobs(operation="infer", state="completed")).jobs] == [
+        first.job_id
+    ]
+    assert (await client.get_json("/v1/info", ServiceInfo)).name == "worker"
+
+
+@pytest.mark.parametrize(
+    ("ask", "status", "code", "retryable"),
+    [
+        (lambda client: client.submit(ModelLoad(model="m")), 501, "not_implemented", False),
+        (lambda client: client.get(JOB_ID), 404, "job_not_found", False),
+        (
+            lambda client: client.submit(Status(), idempotency_key="a b"),
+            400,
+            "invalid_idempotency_key",
+            False,
+        ),
+        (lambda client: read_all(client, JOB_ID), 404, "job_not_found", False),
+    ],
+)
+async def test_an_error_answer_is_rejected_with_its_own_words(
+    client: JobClient, ask: Callable[[JobClient], Any], status: int, code: str, retryable: bool
+) -> None:
+    with pytest.raises(Rejected) as caught:
+        await ask(client)
+
+    assert (caught.value.status, caught.value.code, caught.value.retryable) == (status, code, retryable)
+    assert caught.value.details
+
+
+async def test_a_stopping_service_rejects_for_now(client: JobClient, service: Running) -> None:
+    service.server.stopping = True
+
+    with pytest.raises(Rejected) as caught:
+        await client.submit(Status())
+    assert (caught.value.status, caught.value.code, caught.value.retryable) == (503, "shutting_down", True)
+
+
+async def test_output_that_is_no_longer_kept_is_rejected() -> None:
+    clock = ManualClock()
+    async with running(HANDLERS, clock=clock) as service, JobClient(service.url, timeouts=QUICK) as client:
+        accepted = await client.submit(ModelList())
+        await read_all(client, accepted.job_id)
+        await eventually(lambda: service.server.registry.get(accepted.job_id).readers == 0, "the reader left")
+        clock.now += LOG_RETENTION_S + 1
+        service.server.registry.sweep(clock.now)
+
+        with pytest.raises(Rejected) as caught:
+            await read_all(client, accepted.job_id)
+    assert (caught.value.status, caught.value.code) == (410, "output_expired")
+
+
+def answer(status: int, body: bytes, content_type: str = "application/json") -> list[bytes]:
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+    return [head.encode() + b"Connection: close\r\n\r\n" + body]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>Bad gateway</html>", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"error":1}', b"null"]
+)
+@pytest.mark.parametrize("status", [400, 404, 502, 503])
+async def test_an_error_answer_of_another_shape_is_rejected_too(status: int, body: bytes) -> None:
+    async with scripted(answer(status, body)) as (url, _), JobClient(url, timeouts=QUICK) as client:
+        for ask in (client.submit(Status()), read_all(client, JOB_ID)):
+            with pytest.raises(Rejected) as caught:
+                await ask
+            assert (caught.value.status, caught.value.code) == (status, "rejected")
+            assert str(status) in caught.value.details
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"hello", b"{}", b"\xff", b"[" * 100_000, b'{"job_id":"../x","sse_url":"/"}', b'{"job_id":1}'],
+)
+async def test_a_success_that_cannot_be_read_is_a_protocol_error(body: bytes) -> None:
+    async with scripted(answer(200, body)) as (url, _), JobClient(url, timeouts=QUICK) as client:
+        with pytest.raises(ProtocolError):
+            await client.submit(Status())
+
+
+async def test_a_redirect_is_not_followed() -> None:
+    """F50."""
+    redirect = [
+        b"HTTP/1.1 307 X\r\nLocation: http://169.254.169.254/\r\n",
+        b"Content-Length: 0\r\nConnection: close\r\n\r\n",
+    ]
+    async with scripted(redirect) as (url, heads), JobClient(url, timeouts=QUICK) as client:
+        with pytest.raises(ProtocolError):
+            await client.submit(Status())
+    assert len(heads) == 1
+
+
+async def test_nobody_there_is_unreachable() -> None:
+    async with scripted(None) as (url, _):
+        pass
+    async with JobClient(url, timeouts=QUICK) as client:
+        with pytest.raises(Unreachable) as caught:
+            await client.submit(Status())
+    assert url in caught.value.details
+    assert caught.value.retryable
+
+
+async def test_a_submit_that_is_never_answered_times_out() -> None:
+    timeouts = Timeouts(connect=1, request=0.1, read=1, resume=1)
+    async with scripted(None) as (url, _), JobClient(url, timeouts=timeouts) as client:
+        with anyio.fail_after(2), pytest.raises(Unreachable, match="in time"):
+            await client.submit(Status())
+
+
+async def test_a_submit_whose_answer_is_cut_is_unreachable() -> None:
+    cut_off = [b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{"]
+    async with scripted(cut_off) as (url, _), JobClient(url, timeouts=QUICK) as client:
+        with pytest.raises(Unreachable):
+            await client.submit(Status())
+
+
+# --- streams that break --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limits", [[300], [700, 900, 1300, 5000], [1, 2, 3, 2000], [600] * 4])
+async def test_a_stream_goes_on_after_each_cut(service: Running, relay: TcpRelay, limits: list[int]) -> None:
+    prompt = " ".join(f"word{number}" for number in range(300))
+    relay.limits = list(limits)
+    async with JobClient(service.url) as direct, JobClient(relay.url, timeouts=Timeouts(resume=20)) as client:
+        accepted = await direct.submit(Infer(model="m", prompt=prompt, resume_window_s=60))
+        whole: list[AnyEvent] = []
+        async with aclosing(client.stream_from(accepted.job_id, START)) as events:
+            async for position, event in events:
+                whole.append(event)
+                n, i = position
+                assert n + i == len(whole)
+
+    assert text_of(whole) == f"{prompt} "
+    assert sum(isinstance(event, Narration) for event in whole) == 30
+    assert isinstance(whole[-1], ExecuteComplete)
+    assert relay.accepted == len(limits) + 1
+
+
+async def test_a_stream_can_be_taken_up_by_another_client(service: Running, client: JobClient) -> None:
+    accepted = await client.submit(Infer(model="m", prompt="a b c", resume_window_s=60))
+    async with aclosing(client.stream_from(accepted.job_id, START)) as events:
+        position = await anext(at async for at, event in events if isinstance(event, Token))
+    async with JobClient(service.url) as other:
+        rest = await read_all(other, accepted.job_id, position)
+
+    assert text_of(rest) == "b c "
+
+
+async def test_a_stream_that_cannot_be_resumed_is_cut(relay: TcpRelay) -> None:
+    """F23."""
+    events: list[AnyEvent] = []
+
+    async def read(client: JobClient, job_id: str) -> None:
+        async for event in client.stream(job_id):
+            events.append(event)
+            relay.refusing = True
+            relay.cut()
+
+    async with JobClient(relay.url, timeouts=QUICK) as client:
+        accepted = await client.submit(Status())
+        with anyio.fail_after(5), pytest.raises(StreamCut) as caught:
+            await read(client, accepted.job_id)
+
+    assert [type(event) for event in events] == [Execute]
+    assert accepted.job_id in caught.value.details
+    assert "1-0" in caught.value.details
+    assert caught.value.retryable
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [SSE_HEAD],
+        [SSE_HEAD, frame("1-0", EXECUTE)],
+        [SSE_HEAD, frame("1-0", EXECUTE), frame("1-1", token("a"))[:-1]],
+        [SSE_HEAD, frame("1-0", EXECUTE), frame("2-0", END)[:-2]],
+        [SSE_HEAD, frame("1-0", EXECUTE), b"data: [DONE]"],
+        [SSE_HEAD, b": ping\n\n"],
+        [SSE_HEAD[:20]],
+        [b""],
+        [b"nonsense\r\n\r\n"],
+        [SSE_HEAD.replace(b"text/event-stream", b"text/html"), b"<html>"],
+        [SSE_HEAD.replace(b"Connection", b"Content-Length: 9999\r\nConnection"), frame("1-0", EXECUTE)],
+        [SSE_HEAD.replace(b"Connection", b"Transfer-Encoding: chunked\r\nConnection"), b"5\r\nid: "],
+    ],
+    ids=lambda chunks: repr(chunks[-1])[:30],
+)
+async def test_an_end_before_the_terminal_event_is_never_a_success(chunks: list[bytes]) -> None:
+    """F23."""
+    async with scripted(chunks) as (url, _), JobClient(url, timeouts=QUICK) as client:
+        with anyio.fail_after(5), pytest.raises(StreamCut):
+            await read_all(client, JOB_ID)
+
+
+async def test_done_without_a_terminal_event_is_never_a_success() -> None:
+    """F23."""
+    chunks = [SSE_HEAD, frame("1-0", EXECUTE), b"data: [DONE]\n\n"]
+    async with scripted(chunks) as (url, _), JobClient(url, timeouts=QUICK) as client:
+        with anyio.fail_after(5), pytest.raises((StreamCut, ProtocolError)):
+            await read_all(client, JOB_ID)
+
+
+async def test_the_terminal_event_is_the_end_even_without_done() -> None:
+    chunks = [SSE_HEAD, frame("1-0", EXECUTE), frame("2-0", END)]
+    async with scripted(chunks) as (url, heads), JobClient(url, timeouts=QUICK) as client:
+        events = await read_all(client, JOB_ID)
+
+    assert events == [EXECUTE, END]
+    assert len(heads) == 1
+
+
+async def test_a_partial_frame_is_read_again_after_the_cut() -> None:
+    whole = frame("1-1", token("whole"))
+    first = [SSE_HEAD, frame("1-0", EXECUTE), whole[: len(whole) // 2]]
+    second = [SSE_HEAD, b"retry: 500\n\n", whole, frame("2-1", END), b"data: [DONE]\n\n"]
+    async with scripted(first, second) as (url, heads), JobClient(url, timeouts=QUICK) as client:
+        events = await read_all(client, JOB_ID)
+
+    assert events == [EXECUTE, token("whole"), END]
+    assert b"last-event-id" not in heads[0].lower()
+    assert b"last-event-id: 1-0\r\n" in heads[1].lower()
+
+
+async def test_a_stream_that_falls_silent_is_taken_up_again() -> None:
+    """F19."""
+    over = [SSE_HEAD, frame("1-0", EXECUTE), frame("2-0", END)]
+    timeouts = Timeouts(connect=1, request=1, read=0.1, resume=5)
+    async with scripted(None, over) as (url, heads), JobClient(url, timeouts=timeouts) as client:
+        assert await read_all(client, JOB_ID) == [EXECUTE, END]
+    assert len(heads) == 2
+
+
+async def test_a_reader_that_has_all_gets_nothing_and_no_error(client: JobClient) -> None:
+    accepted = await client.submit(ModelList())
+    positions = [position async for position, _ in client.stream_from(accepted.job_id, START)]
+
+    assert await read_all(client, accepted.job_id, positions[-1]) == []
+
+
+async def test_a_frame_that_is_no_event_is_a_protocol_error() -> None:
+    for bad in (b"id: 1-0\ndata: {}\n\n", b"id: x\ndata: {}\n\n", b"data: ERROR: it broke\n\n"):
+        async with scripted([SSE_HEAD, bad]) as (url, _), JobClient(url, timeouts=QUICK) as client:
+            with pytest.raises(ProtocolError):
+                await read_all(client, JOB_ID)
+
+
+async def test_pings_are_no_events() -> None:
+    """F22: httpx-sse gives an empty event for each comment after an `id:`."""
+    ping = b": ping\n\n"
+    chunks = [
+        SSE_HEAD,
+        ping,
+        b"retry: 500\n\n",
+        ping,
+        frame("1-0", EXECUTE),
+        ping,
+        ping,
+        frame("2-0", END),
+        ping,
+    ]
+    async with scripted(chunks) as (url, _), JobClient(url, timeouts=QUICK) as client:
+        assert await read_all(client, JOB_ID) == [EXECUTE, END]
+
+
+# --- bytes ---------------------------------------------------------------------------------------------
+
+
+class _Chunks(httpx.AsyncByteStream):
+    def __init__(self, chunks: list[bytes]) -> None:
+        self._chunks = chunks
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for chunk in self._chunks:
+            yield chunk
+
+
+def client_of(chunks: list[bytes]) -> JobClient:
+    """A client whose every answer is a stream of these chunks."""
+    headers = {"Content-Type": "text/event-stream; charset=utf-8"}
+    return JobClient(
+        "http://test",
+        transport=httpx.MockTransport(lambda _: httpx.Response(200, headers=headers, stream=_Chunks(chunks))),
+    )
+
+
+def body_of(events: list[AnyEvent]) -> bytes:
+    frames = [frame(f"0-{number}", event) for number, event in enumerate(events, 1)]
+    return b"retry: 500\n\n" + b"".join(frames) + frame(f"1-{len(events)}", END) + b"data: [DONE]\n\n"
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    said=st.lists(st.text(max_size=20) | st.sampled_from(HARD_TEXTS), max_size=6),
+    places=st.lists(st.integers(0, 4000), max_size=12),
+)
+async def test_any_chunking_gives_the_same_stream(said: list[str], places: list[int]) -> None:
+    """F24."""
+    events: list[AnyEvent] = [token(text, index) for index, text in enumerate(said)]
+    body = body_of(events)
+    bounds = [0, *sorted(place % len(body) for place in places), len(body)]
+    chunks = [body[start:end] for start, end in itertools.pairwise(bounds) if start < end]
+    async with client_of(chunks) as client:
+        assert await read_all(client, JOB_ID) == [*events, END]
+
+
+async def test_every_single_byte_boundary() -> None:
+    """F24."""
+    events: list[AnyEvent] = [token(text, index) for index, text in enumerate(HARD_TEXTS)]
+    body = body_of(events)
+    chunks = [bytes([byte]) for byte in body]
+    async with client_of(chunks) as client:
+        assert await read_all(client, JOB_ID) == [*events, END]
+        for place in range(1, len(body)):
+            chunks[:] = [body[:place], body[place:]]
+            assert await read_all(client, JOB_ID) == [*events, END]
+
+
+async def test_a_token_of_a_megabyte_goes_through(client: JobClient) -> None:
+    """F24."""
+    accepted = await client.submit(HiveList())
+    with anyio.fail_after(10):
+        events = await read_all(client, accepted.job_id)
+
+    assert text_of(events) == LARGE_TEXT
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS)
+async def test_hard_texts_go_through_a_real_server(client: JobClient, text: str) -> None:
+    accepted = await client.submit(Infer(model="m", prompt=text.replace(" ", "_")))
+    events = await read_all(client, accepted.job_id)
+
+    assert text_of(events) == text.replace(" ", "_") + " "
+
+
+# --- leaving -------------------------------------------------------------------------------------------
+
+
+async def test_leaving_a_stream_closes_its_connection(service: Running, client: JobClient) -> None:
+    """F16, F27."""
+    accepted = await client.submit(Status())
+    job = service.server.registry.get(accepted.job_id)
+    for _ in range(20):
+        async with aclosing(client.stream(accepted.job_id)) as events:
+            await anext(events)
+    await eventually(lambda: job.readers == 0, "all readers are gone", 2)
+
+
+async def test_many_cancelled_streams_leave_no_connection(service: Running, relay: TcpRelay) -> None:
+    """F27."""
+    async with JobClient(relay.url) as client:
+        accepted = await client.submit(Status())
+        async with anyio.create_task_group() as tasks:
+            for _ in range(150):
+                tasks.start_soon(read_all, client, accepted.job_id)
+            job = service.server.registry.get(accepted.job_id)
+            await eventually(lambda: job.readers == 150, "all read at once")
+            tasks.cancel_scope.cancel()
+        await eventually(lambda: job.readers == 0, "all readers are gone", 2)
+        await eventually(lambda: relay.open <= 2, "all stream connections are closed", 2)
+
+
+# --- heartbeats ----------------------------------------------------------------------------------------
+
+
+class Beat(msgspec.Struct):
+    number: int
+
+
+async def test_heartbeats_decode_and_their_end_is_a_cut() -> None:
+    chunks = [SSE_HEAD, b': ping\n\nevent: heartbeat\ndata: {"number":1}\n\nevent: other\ndata: x\n\n']
+    async with scripted(chunks) as (url, _), JobClient(url, timeouts=QUICK) as client:
+        beats = client.heartbeats("", Beat)
+        assert await anext(beats) == Beat(1)
+        with pytest.raises(StreamCut):
+            await anext(beats)
+
+
+# --- follow --------------------------------------------------------------------------------------------
+
+
+class Following:
+    """A follower in a task: what it got and how its connection fared."""
+
+    def __init__(self, client: JobClient, *, output: bool = True) -> None:
+        self.client = client
+        self.output = output
+        self.batches: list[list[AnyEvent]] = []
+        self.connections: list[bool] = []
+
+    @property
+    def events(self) -> list[AnyEvent]:
+        return [event for batch in self.batches for event in batch]
+
+    async def run(self) -> None:
+        async for batch in self.client.follow(output=self.output, on_connection=self.connections.append):
+            assert batch
+            self.batches.append(batch)
+
+    def has_end_of(self, job_id: str) -> Callable[[], bool]:
+        return lambda: any(event.job_id == job_id and event.kind == "terminal" for event in self.events)
+
+
+async def test_following_gives_all_jobs_in_batches(service: Running, client: JobClient) -> None:
+    following, public = Following(client), Following(client, output=False)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(following.run)
+        tasks.start_soon(public.run)
+        await eventually(lambda: following.connections == public.connections == [True], "connected")
+        prompt = " ".join(["w"] * 2000)
+        jobs = [await client.submit(Infer(model="m", prompt=prompt), respond_async=True) for _ in range(3)]
+        for job in jobs:
+            await eventually(following.has_end_of(job.job_id), "all came")
+            await eventually(public.has_end_of(job.job_id), "all came to the other")
+        tasks.cancel_scope.cancel()
+
+    for job in jobs:
+        own = [event for event in following.events if event.job_id == job.job_id]
+        assert text_of(own) == "w " * 2000
+        assert own == [
+            msgspec.structs.replace(event, event_id=str(position))
+            async for position, event in _open_and_read(service, job.job_id)
+        ]
+    assert len(following.batches) < len(following.events) / 5
+    assert {event.kind for event in public.events} == {"narration", "terminal"}
+
+
+async def _open_and_read(service: Running, job_id: str) -> AsyncIterator[tuple[Position, AnyEvent]]:
+    async with JobClient(service.url) as client:
+        async for found in client.stream_from(job_id, START):
+            yield found
+
+
+@pytest.mark.parametrize("limit", [1500, 5000, 20_000])
+async def test_following_goes_on_after_a_cut(service: Running, relay: TcpRelay, limit: int) -> None:
+    async with JobClient(relay.url, timeouts=QUICK) as client, JobClient(service.url) as direct:
+        following = Following(client)
+        async with anyio.create_task_group() as tasks:
+            relay.limits = [limit]
+            tasks.start_soon(following.run)
+            await eventually(lambda: following.connections, "connected")
+            job = await direct.submit(
+                Infer(model="m", prompt=" ".join(map(str, range(1000)))), respond_async=True
+            )
+            await eventually(following.has_end_of(job.job_id), "all came")
+            tasks.cancel_scope.cancel()
+
+    assert text_of(following.events) == "".join(f"{number} " for number in range(1000))
+    assert following.connections == [True, False, True, False]
+    assert not any(isinstance(event, Gap) for event in following.events)
+    assert any(b"last-event-id" in request.lower() for request in relay.requests)
+
+
+async def test_a_service_that_lost_its_memory_gives_one_gap() -> None:
+    async with (
+        running(HANDLERS) as first,
+        running(HANDLERS) as second,
+        tcp_relay(first.port) as relay,
+        JobClient(relay.url) as client,
+        anyio.create_task_group() as tasks,
+    ):
+        following = Following(client)
+        tasks.start_soon(following.run)
+        await eventually(lambda: following.connections == [True], "connected")
+        relay.target = second.port
+        relay.cut()
+        await eventually(lambda: following.events, "something came")
+        accepted = await client.submit(ModelList(), respond_async=True)
+        await eventually(following.has_end_of(accepted.job_id), "what followed came")
+        tasks.cancel_scope.cancel()
+
+    assert [type(event) for event in following.events] == [Gap, Execute, Error, ExecuteError]
+    assert following.connections == [True, False, True, False]
+
+
+async def test_following_outlasts_refusals_and_nonsense(service: Running, relay: TcpRelay) -> None:
+    nonsense = [b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", b"nonsense"]
+    async with scripted(answer(503, b""), nonsense, [b""]) as (url, heads), JobClient(url) as client:
+        following = Following(client)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(following.run)
+            await eventually(lambda: len(heads) >= 4, "it came again")
+            tasks.cancel_scope.cancel()
+    assert following.connections == []
+
+    async with JobClient(relay.url) as client:
+        following = Following(client)
+        relay.refusing = True
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(following.run)
+            await eventually(lambda: relay.accepted >= 2, "it tries again")
+            assert following.connections == []
+            relay.refusing = False
+            await eventually(lambda: following.connections == [True], "connected")
+            tasks.cancel_scope.cancel()
+
+
+async def test_the_contracts_errors_are_what_callers_catch() -> None:
+    assert not issubclass(Rejected, InvalidRequest)
+    assert {cls.default_code for cls in (Unreachable, StreamCut, ProtocolError)} == {
+        "unreachable",
+        "stream_cut",
+        "protocol_error",
+    }
