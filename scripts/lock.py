@@ -30,7 +30,7 @@ def main() -> None:
         compile_list("uv", "requirements/uv.in")
 
         common = [f"{member}/pyproject.toml" for member in setup.members()]
-        common += ["--group", "dev", "--group", "docs"]
+        common += ["--extra", "postgres", "--group", "dev", "--group", "docs"]
         for name in (*SIBLINGS, *TORCH):
             common += ["--no-emit-package", name]
         lean = ["requirements/engine-cpu.in", "--override", "requirements/engine-cpu-overrides.in"]

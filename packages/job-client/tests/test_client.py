@@ -645,6 +645,27 @@ async def test_a_service_that_lost_its_memory_gives_one_gap() -> None:
     assert following.connections == [True, False, True, False]
 
 
+async def test_a_frame_cut_just_before_its_end_comes_once() -> None:
+    def firehose_frame(seq: int, event: AnyEvent) -> bytes:
+        return b"id: ab12-%d\ndata: %b\n\n" % (seq, encode_event(event))
+
+    head = b"retry: 500\nid: ab12-%d\n\n"
+    first, second = firehose_frame(1, token("first")), firehose_frame(2, token("second"))
+    cut = [SSE_HEAD, head % 0, first, second[:-1]]
+    rest = [SSE_HEAD, head % 1, second]
+    async with scripted(cut, rest, None) as (url, heads), JobClient(url, timeouts=QUICK) as client:
+        following = Following(client)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(following.run)
+            await eventually(lambda: len(heads) == 3, "both were read")
+            tasks.cancel_scope.cancel()
+
+    assert following.events == [token("first"), token("second")]
+    assert [
+        b"last-event-id: ab12-%d\r\n" % seq in h.lower() for seq, h in zip((1, 2), heads[1:], strict=True)
+    ] == [True] * 2
+
+
 async def test_following_outlasts_refusals_and_nonsense(service: Running, relay: TcpRelay) -> None:
     nonsense = [b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", b"nonsense"]
     async with scripted(answer(503, b""), nonsense, [b""]) as (url, heads), JobClient(url) as client:

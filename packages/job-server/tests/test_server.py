@@ -202,6 +202,28 @@ def test_a_job_never_read_is_cancelled_and_never_runs() -> None:
     run_counted(walk)
 
 
+def test_a_job_goes_on_while_one_of_two_readers_stays() -> None:
+    async def walk() -> None:
+        async with serving(forever) as server:
+            job = submit(server)
+            server.attach(job)
+            server.attach(job)
+            server.detach(job)
+            await anyio.sleep(WINDOW_S * 10)
+            assert state_of(job) == "running"
+            server.detach(job)
+            await anyio.sleep(WINDOW_S - 1)
+            assert state_of(job) == "running"
+            server.attach(job)
+            await anyio.sleep(WINDOW_S * 10)
+            assert state_of(job) == "running"
+            server.detach(job)
+            await anyio.sleep(WINDOW_S + 1)
+            assert end_code(job) == "abandoned"
+
+    run_counted(walk)
+
+
 def test_an_abandoned_handler_is_told_to_stop() -> None:
     async def walk() -> None:
         stopped: list[float] = []

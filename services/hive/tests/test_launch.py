@@ -27,7 +27,13 @@ def config(engine: Literal["vllm", "sim"] = "vllm") -> HiveConfig:
 def command(engine: Literal["vllm", "sim"], devices: list[int], *args: str) -> list[str]:
     op = WorkerSpawn(model="org/name", worker_args=list(args))
     return command_line(
-        config(engine), op, worker_id="w1", model_path="/models/org/name", listen_fd=7, devices=devices
+        config(engine),
+        op,
+        worker_id="w1",
+        model_path="/models/org/name",
+        listen_fd=7,
+        token_fd=8,
+        devices=devices,
     )
 
 
@@ -66,10 +72,10 @@ def test_the_callers_arguments_come_last() -> None:
     assert "--" not in command("sim", [0], "--sim-step-ms", "5")
 
 
-def test_a_worker_sees_its_devices_only() -> None:
+def test_a_worker_sees_its_devices_only_and_no_token() -> None:
     assert environment({"A": "1"}, "cuda", [2, 3])["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert environment({}, "cuda", [2])["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
-    assert environment({"A": "1"}, "cpu", [0]) == {
+    assert environment({"A": "1", "RBEE_TOKEN": "of-the-cluster"}, "cpu", [0]) == {
         "A": "1",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": "",

@@ -5,7 +5,7 @@ from rbee_queen.config import parse
 
 
 def test_defaults() -> None:
-    config = parse([])
+    config = parse([], {})
 
     assert (config.host, config.port, config.drain_timeout_s, config.log_level) == (
         "127.0.0.1",
@@ -16,7 +16,7 @@ def test_defaults() -> None:
 
 
 def test_every_option() -> None:
-    config = parse(["--host", "::1", "--port", "0", "--drain-timeout-s", "2.5", "--log-level", "debug"])
+    config = parse(["--host", "::1", "--port", "0", "--drain-timeout-s", "2.5", "--log-level", "debug"], {})
 
     assert (config.host, config.port, config.drain_timeout_s, config.log_level) == ("::1", 0, 2.5, "debug")
 
@@ -28,7 +28,7 @@ def test_what_cannot_be_used_is_one_clear_line_and_exit_2(
     argv: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        parse(argv)
+        parse(argv, {})
 
     assert exit_.value.code == 2
     assert "rbee-queen: error:" in capsys.readouterr().err

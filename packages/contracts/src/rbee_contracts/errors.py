@@ -4,6 +4,9 @@ The tree is shallow and cut by what the caller can do:
 
     RbeeError                something failed here; the caller can do nothing
     ├── InvalidRequest       mend the request
+    ├── BodyTooLarge         send less
+    ├── Unauthorized         bring the cluster's token
+    ├── Forbidden            come from a host or a page that is allowed here
     ├── NotFound             name something that exists
     ├── Gone                 it existed; it is not kept any more
     ├── Conflict             it is in another state than the request needs
@@ -69,6 +72,21 @@ class RbeeError(Exception):
 class InvalidRequest(RbeeError):
     title = "Invalid request"
     default_code = "invalid_request"
+
+
+class BodyTooLarge(RbeeError):
+    title = "Body too large"
+    default_code = "body_too_large"
+
+
+class Unauthorized(RbeeError):
+    title = "Unauthorized"
+    default_code = "unauthorized"
+
+
+class Forbidden(RbeeError):
+    title = "Forbidden"
+    default_code = "forbidden"
 
 
 class NotFound(RbeeError):

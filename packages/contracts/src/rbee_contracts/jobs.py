@@ -26,7 +26,10 @@ class JobError(Struct, frozen=True, kw_only=True):
 
 
 class JobRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Answer of `GET /v1/jobs/{id}`. Times are RFC 3339 in UTC."""
+    """Answer of `GET /v1/jobs/{id}`. Times are RFC 3339 in UTC.
+
+    `position` is the id of the newest event of its stream, while that is kept.
+    """
 
     job_id: JobId
     operation: str
@@ -40,6 +43,7 @@ class JobRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     usage: Usage | None = None
     result: Any = None
     children: list[str] = []
+    position: str | None = None
 
 
 class JobPage(Struct, frozen=True, kw_only=True):
@@ -54,3 +58,10 @@ class JobCancelled(Struct, frozen=True, kw_only=True):
 
     job_id: JobId
     status: Literal["cancelled"] = "cancelled"
+
+
+class JobTicket(Struct, frozen=True, kw_only=True):
+    """Answer of `POST /v1/jobs/{id}/ticket`: open `url` within `expires_in` seconds, without a token."""
+
+    url: str
+    expires_in: int

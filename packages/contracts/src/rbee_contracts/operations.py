@@ -1,6 +1,7 @@
 """Every operation that `POST /v1/jobs` takes, one struct each, and how a body becomes one."""
 
 import difflib
+import hashlib
 import itertools
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
@@ -278,6 +279,11 @@ _text_decoder = msgspec.json.Decoder(str)
 def encode_operation(operation: Operation) -> bytes:
     """Encode an operation as the JSON body of `POST /v1/jobs`."""
     return _encoder.encode(operation)
+
+
+def operation_digest(operation: Operation) -> bytes:
+    """Give the SHA-256 of an operation: equal for equal operations, whatever their JSON looked like."""
+    return hashlib.sha256(encode_operation(operation)).digest()
 
 
 def decode_operation(body: bytes) -> AnyOperation:

@@ -1,4 +1,4 @@
-"""The Starlette app that every service has: job routes, health, info, errors, correlation."""
+"""The Starlette app that every service has: job routes, health, info, errors, correlation, access, limits."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,8 +11,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from rbee_contracts.nodes import ServiceInfo
+from rbee_job_server.access import Access, AccessConfig, AccessMiddleware
 from rbee_job_server.correlation import CorrelationMiddleware
 from rbee_job_server.errors import EXCEPTION_HANDLERS, RETRY_AFTER_S, json_response
+from rbee_job_server.guards import BodyLimit, Limits
 from rbee_job_server.routes import job_routes
 from rbee_job_server.server import JobServer
 
@@ -25,13 +27,18 @@ def build_app(
     version: str,
     routes: Sequence[BaseRoute] = (),
     not_ready: Callable[[], str | None] = lambda: None,
+    access: AccessConfig | None = None,
+    limits: Limits | None = None,
 ) -> Starlette:
     """Build a service's app.
 
     Args:
         routes: the service's own, after the common ones.
         not_ready: why the service cannot take work now, or None.
+        access: who may speak to it; by default whoever does so under a loopback name.
     """
+    gate = Access(access)
+    max_body_bytes = (limits or Limits()).max_body_bytes
     started = time.monotonic()
 
     async def health(_: Request) -> Response:
@@ -54,9 +61,13 @@ def build_app(
             Route("/health", health),
             Route("/ready", ready),
             Route("/v1/info", info),
-            *job_routes(server),
+            *job_routes(server, gate.tickets),
             *routes,
         ],
-        middleware=[Middleware(CorrelationMiddleware)],
+        middleware=[
+            Middleware(CorrelationMiddleware),
+            Middleware(AccessMiddleware, access=gate),
+            Middleware(BodyLimit, max_body_bytes=max_body_bytes),
+        ],
         exception_handlers=EXCEPTION_HANDLERS,
     )

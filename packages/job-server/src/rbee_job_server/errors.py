@@ -8,15 +8,18 @@ from starlette.responses import Response
 from starlette.types import ExceptionHandler
 
 from rbee_contracts.errors import (
+    BodyTooLarge,
     Conflict,
     DeadlineExceeded,
     ErrorBody,
+    Forbidden,
     Gone,
     InvalidRequest,
     NoCapacity,
     NotFound,
     NotImplementedHere,
     RbeeError,
+    Unauthorized,
     Unavailable,
     WorkerLost,
 )
@@ -27,9 +30,12 @@ log = structlog.get_logger(__name__)
 
 STATUS: dict[type[RbeeError], int] = {
     InvalidRequest: 400,
+    Unauthorized: 401,
+    Forbidden: 403,
     NotFound: 404,
     Conflict: 409,
     Gone: 410,
+    BodyTooLarge: 413,
     NotImplementedHere: 501,
     NoCapacity: 503,
     Unavailable: 503,
@@ -41,7 +47,7 @@ STATUS: dict[type[RbeeError], int] = {
 RETRY_AFTER_S = 2
 """Sent with every 429 and 503."""
 
-_HTTP_CODES = {404: "route_not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_HTTP_CODES = {404: "route_not_found", 405: "method_not_allowed"}
 _encoder = msgspec.json.Encoder()
 
 
@@ -51,7 +57,11 @@ def json_response(value: object, status: int = 200, headers: dict[str, str] | No
 
 def error_response(error: RbeeError, correlation_id: str) -> Response:
     status = next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
+    headers = {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    elif status in (429, 503):
+        headers["Retry-After"] = str(RETRY_AFTER_S)
     return json_response(error.body(correlation_id), status, headers)
 
 
@@ -63,6 +73,8 @@ async def _on_rbee_error(request: Request, exc: Exception) -> Response:
 async def _on_http_exception(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     path = request.scope["path"][:200]  # not `request.url`, which a hostile Host header breaks
+    if exc.status_code == 413:
+        return error_response(BodyTooLarge(exc.detail), correlation_id_of(request))
     details = f"{request.method} {path}: {exc.detail}"
     if exc.status_code == 404:
         details = f"{request.method} {path} is not a route of this service."

@@ -1,33 +1,58 @@
 """The event log of one job: what was said, in order, for any number of readers at any time."""
 
 import asyncio
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterable, Iterator
 
-from rbee_contracts.events import AnyEvent, encode_event
+from rbee_contracts.errors import RbeeError
+from rbee_contracts.events import AnyEvent, ModelDownloadProgress, encode_event
 from rbee_contracts.sse import START, Position
+from rbee_job_server.blocks import BLOCK_EVENTS, ENTRY_BYTES, Block, Entry
 
 DONE_FRAME = b"data: [DONE]\n\n"
 
+MAX_LOG_BYTES = 16 * 2**20
+"""Memory bound of one log. An event that would go past it ends the job instead (`output_too_large`)."""
 
-class Entry(NamedTuple):
-    """One event as it goes out on the job's stream, and where it stands."""
+WRITE_BYTES = 256 * 2**10
+"""How much of a log one reader is given at a time. Only one event that is larger by itself is more."""
 
-    narrations: int
-    outputs: int
-    is_output: bool
-    frame: bytes
+
+class OutputTooLarge(RbeeError):
+    """The job has said more than its log may hold."""
+
+    title = "Output too large"
+    default_code = "output_too_large"
 
 
 class EventLog:
     """Append-only; ends with one terminal event. Only the job that owns it appends.
 
-    Readers never take anything away: each `LogReader` has its own place. `size` is in bytes of frames.
+    Readers never take anything away: each `LogReader` has its own place. The newest events are kept as
+    the frames they go out as; older ones are folded into blocks, which a reader does not notice. A
+    progress event replaces the one before it; its place stays, so that whoever has had it goes on there.
+    `size` is what all of it takes in memory, in bytes.
     """
 
-    __slots__ = ("_entries", "_waiters", "closed", "narrations", "outputs", "size")
+    __slots__ = (
+        "_block_events",
+        "_blocks",
+        "_folded",
+        "_progress",
+        "_tail",
+        "_waiters",
+        "closed",
+        "narrations",
+        "outputs",
+        "size",
+    )
 
-    def __init__(self) -> None:
-        self._entries: list[Entry] = []
+    def __init__(self, block_events: int = BLOCK_EVENTS) -> None:
+        self._block_events = block_events
+        self._blocks: list[Block] = []
+        self._folded = 0  # events in blocks
+        self._tail: list[Entry] = []
+        self._progress: dict[tuple[str, str], int] = {}
         self._waiters: set[asyncio.Future[None]] = set()
         self.narrations = 0
         self.outputs = 0
@@ -35,49 +60,79 @@ class EventLog:
         self.closed = False
 
     def __len__(self) -> int:
-        return len(self._entries)
+        """Give how many events were said, replaced ones too."""
+        return self.narrations + self.outputs
 
     @property
     def position(self) -> Position:
         return Position(self.narrations, self.outputs)
 
-    def append(self, event: AnyEvent) -> bytes:
-        """Add an event and wake the readers. Returns its JSON; a terminal event closes the log."""
+    def append(self, event: AnyEvent, body: bytes | None = None) -> bytes:
+        """Add an event and wake the readers. Returns its JSON; a terminal event closes the log.
+
+        Args:
+            body: the event's JSON, where it is known already.
+        """
         if self.closed:
             raise RuntimeError(f"event {event.action!r} after the terminal event of {event.job_id}")
         kind = event.kind
-        body = encode_event(event)  # may raise: before anything is changed
+        if body is None:
+            body = encode_event(event)  # may raise: before anything is changed
         if kind == "output":
             self.outputs += 1
         else:
             self.narrations += 1
             self.closed = kind == "terminal"
+            if isinstance(event, ModelDownloadProgress):
+                self._replace(event)
         frame = b"id: %d-%d\ndata: %b\n\n" % (self.narrations, self.outputs, body)
-        self._entries.append(Entry(self.narrations, self.outputs, kind == "output", frame))
-        self.size += len(frame)
+        self._tail.append(Entry(self.narrations, self.outputs, kind == "output", frame))
+        self.size += len(frame) + ENTRY_BYTES
+        if len(self._tail) == 2 * self._block_events:
+            self._fold()
         if self._waiters:
             self._wake()
         return body
+
+    def has_room(self, body: bytes) -> bool:
+        """Whether an event with this JSON still fits."""
+        return self.size + len(body) <= MAX_LOG_BYTES
 
     def is_seen(self, position: Position) -> bool:
         """Whether a reader at `position` has had the whole of a closed log."""
         return self.closed and position.narrations >= self.narrations and position.outputs >= self.outputs
 
-    def reader(self, position: Position = START) -> "LogReader":
-        return LogReader(self, position)
+    def reader(self, position: Position = START, *, write_bytes: int = WRITE_BYTES) -> "LogReader":
+        return LogReader(self, position, write_bytes)
 
-    def entries_from(self, index: int) -> list[Entry]:
-        return self._entries[index:]
+    def has_been_at(self, position: Position) -> bool:
+        """Whether `position` is a place that this log has been at."""
+        seq = sum(position)
+        if not 0 < seq <= len(self):
+            return seq == 0
+        if seq > self._folded:
+            entry = self._tail[seq - self._folded - 1]
+            return (entry.narrations, entry.outputs) == position
+        return self._blocks[(seq - 1) // self._block_events].position_at(seq) == position
 
-    def index_of(self, position: Position) -> int | None:
-        """Give the index after `position` where it is a place this log has been at, else None."""
-        index = position.narrations + position.outputs
-        if index == 0:
-            return 0
-        if index > len(self._entries):
-            return None
-        entry = self._entries[index - 1]
-        return index if (entry.narrations, entry.outputs) == position else None
+    def folded_before(self, position: Position) -> int:
+        """Give how many of the first events, in whole blocks, a reader at `position` has had for sure."""
+        n, i = position
+        blocks = itertools.takewhile(lambda b: b.last.narrations <= n and b.last.outputs <= i, self._blocks)
+        return self._block_events * sum(1 for _ in blocks)
+
+    def entries_after(self, seq: int) -> Iterable[Entry]:
+        """Give what follows the first `seq` events; what is folded is made again only as it is asked for."""
+        if seq >= self._folded:
+            return self._tail[seq - self._folded :]
+        return self._replay(seq)
+
+    def _replay(self, seq: int) -> Iterator[Entry]:
+        while seq < self._folded:
+            number = seq // self._block_events
+            yield from self._blocks[number].entries_after(seq)
+            seq = (number + 1) * self._block_events
+        yield from self._tail
 
     async def changed(self) -> None:
         """Wait for the next append."""
@@ -94,6 +149,28 @@ class EventLog:
                 waiter.set_result(None)
         self._waiters.clear()
 
+    def _fold(self) -> None:
+        oldest = self._tail[: self._block_events]
+        del self._tail[: self._block_events]
+        block = Block(oldest, self._blocks[-1].last if self._blocks else START)
+        self._blocks.append(block)
+        self._folded += len(oldest)
+        self.size += block.size - sum(entry.size for entry in oldest)
+
+    def _replace(self, event: ModelDownloadProgress) -> None:
+        """Drop the progress before `event`, which is about to become the newest in the log."""
+        key = (event.actor, event.data.model)
+        seq = self._progress.get(key)
+        self._progress[key] = len(self)
+        if seq is None:
+            return
+        if seq <= self._folded:
+            self.size -= self._blocks[(seq - 1) // self._block_events].drop(seq)
+        else:
+            at = seq - self._folded - 1
+            self.size -= len(self._tail[at].frame)
+            self._tail[at] = self._tail[at]._replace(frame=b"")
+
 
 class LogReader:
     """A place in a log. Gives every event after it exactly once, then `[DONE]`.
@@ -103,29 +180,40 @@ class LogReader:
     has not had.
     """
 
-    __slots__ = ("_index", "_log", "_position", "finished")
+    __slots__ = ("_had", "_log", "_seq", "_write_bytes", "finished")
 
-    def __init__(self, log: EventLog, position: Position) -> None:
-        index = log.index_of(position)
+    def __init__(self, log: EventLog, position: Position, write_bytes: int) -> None:
         self._log = log
-        self._index = index or 0
-        self._position = None if index is not None else position
+        self._write_bytes = write_bytes
         self.finished = False
+        if log.has_been_at(position):
+            self._seq = sum(position)
+            self._had: Position | None = None
+        else:
+            self._seq = log.folded_before(position)
+            self._had = position
 
     def take(self) -> bytes:
-        """Give all frames that are pending, in one piece; empty when there are none."""
-        entries = self._log.entries_from(self._index)
-        self._index += len(entries)
-        if self._position is not None:
-            n, i = self._position
-            entries = [e for e in entries if (e.outputs > i if e.is_output else e.narrations > n)]
-        frames = [entry.frame for entry in entries]
-        if self._log.closed and not self.finished:
-            self.finished = True
-            frames.append(DONE_FRAME)
+        """Give what is pending, in one piece of at most `WRITE_BYTES`; empty when there is nothing."""
+        log, had = self._log, self._had
+        frames: list[bytes] = []
+        room = self._write_bytes
+        for narrations, outputs, is_output, frame in log.entries_after(self._seq):
+            if frame and (
+                had is None or (outputs > had.outputs if is_output else narrations > had.narrations)
+            ):
+                if frames and len(frame) > room:
+                    break
+                frames.append(frame)
+                room -= len(frame)
+            self._seq = narrations + outputs
+        else:
+            if log.closed and not self.finished and room > 0:
+                self.finished = True
+                frames.append(DONE_FRAME)
         return b"".join(frames)
 
     async def wait(self) -> None:
         """Wait until `take` may have something."""
-        if self._index == len(self._log) and not self._log.closed:
+        if self._seq == len(self._log) and not self._log.closed:
             await self._log.changed()

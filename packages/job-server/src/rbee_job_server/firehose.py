@@ -8,6 +8,7 @@ behind the ring gets a gap too. Nothing is encoded while nobody follows.
 
 import asyncio
 import itertools
+import math
 from collections import deque
 from typing import NamedTuple
 
@@ -44,7 +45,16 @@ class Firehose:
         self._waiters: set[asyncio.Future[None]] = set()
         self._followers = 0
         self._unfollowed_since: float | None = None
+        self._last_followed: float | None = None
         self.closed = False
+
+    def unfollowed_s(self) -> float:
+        """Seconds since anybody followed; infinite when nobody ever did."""
+        if self._followers:
+            return 0.0
+        if self._last_followed is None:
+            return math.inf
+        return self._clock.monotonic() - self._last_followed
 
     @property
     def is_followed(self) -> bool:
@@ -98,7 +108,7 @@ class Firehose:
     def unfollow(self) -> None:
         self._followers -= 1
         if self._followers == 0:
-            self._unfollowed_since = self._clock.monotonic()
+            self._unfollowed_since = self._last_followed = self._clock.monotonic()
 
     def frames_after(self, seq: int, *, output: bool) -> tuple[int, list[bytes], bool]:
         """Give the newest seq, the frames after `seq`, and whether some between are gone."""

@@ -58,6 +58,6 @@ def configure_logging(*, service: str, level: str = "info", stream: TextIO | Non
 
 def _add(ids: dict[str, str]) -> Processor:
     def add(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-        return ids | event
+        return {**ids, **event}
 
     return add

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from rbee_contracts.errors import Conflict, Gone, InvalidRequest, NotFound
 from rbee_contracts.jobs import JobPage, JobState
-from rbee_contracts.operations import Operation, encode_operation
+from rbee_contracts.operations import Operation, operation_digest
 from rbee_job_server.jobs import Job
 
 LOG_RETENTION_S = 600.0
@@ -19,6 +19,28 @@ RECORDS_KEPT = 10_000
 MAX_PAGE = 1000
 
 
+def output_expired(job_id: str) -> Gone:
+    return Gone(
+        f"The output of {job_id} is no longer kept ({LOG_RETENTION_S:g} s after the end, or less where much is "
+        f"said). Its record is at /v1/jobs/{job_id}.",
+        code="output_expired",
+        title="Output expired",
+    )
+
+
+def parse_cursor(cursor: str | None) -> int | None:
+    """Read a `next_cursor` that came back.
+
+    Raises:
+        InvalidRequest: it is not one of ours.
+    """
+    if cursor is None:
+        return None
+    if not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
+        raise InvalidRequest(f"cursor {cursor[:40]!r} is not a `next_cursor` of this list.")
+    return int(cursor)
+
+
 class JobRegistry:
     """Jobs by id, newest last. Only the job server adds; only `sweep` takes away."""
 
@@ -30,8 +52,15 @@ class JobRegistry:
     def __len__(self) -> int:
         return len(self._jobs)
 
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._jobs
+
     def __iter__(self) -> Iterator[Job]:
         return iter(list(self._jobs.values()))
+
+    def start_seq(self, last_seq: int) -> None:
+        """Go on counting after `last_seq`."""
+        self._next_seq = max(self._next_seq, last_seq + 1)
 
     def take_seq(self) -> int:
         seq = self._next_seq
@@ -67,12 +96,7 @@ class JobRegistry:
         """
         job = self.get(job_id)
         if job.log is None:
-            raise Gone(
-                f"The output of {job_id} is no longer kept ({LOG_RETENTION_S:g} s after the end). "
-                f"Its record is at /v1/jobs/{job_id}.",
-                code="output_expired",
-                title="Output expired",
-            )
+            raise output_expired(job_id)
         return job
 
     def find_submitted(self, key: str, operation: Operation) -> Job | None:
@@ -82,7 +106,7 @@ class JobRegistry:
             Conflict: the key belongs to another operation.
         """
         job = self._by_key.get(key)
-        if job is not None and encode_operation(job.operation) != encode_operation(operation):
+        if job is not None and job.digest != operation_digest(operation):
             raise Conflict(
                 f"Idempotency-Key {key!r} was used for another operation ({job.id}). "
                 "Use a new key for new work.",
@@ -91,18 +115,10 @@ class JobRegistry:
         return job
 
     def page(
-        self, *, state: JobState | None, operation: str | None, limit: int, cursor: str | None
+        self, *, state: JobState | None, operation: str | None, limit: int, before_seq: int | None
     ) -> JobPage:
-        """List records, newest first.
-
-        Raises:
-            InvalidRequest: the cursor is not one of ours.
-        """
-        before = self._next_seq
-        if cursor is not None:
-            if not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
-                raise InvalidRequest(f"cursor {cursor[:40]!r} is not a `next_cursor` of this list.")
-            before = int(cursor)
+        """List up to `limit` records with a smaller seq than `before_seq`, newest first."""
+        before = self._next_seq if before_seq is None else before_seq
         found: list[Job] = []
         for job in reversed(self._jobs.values()):
             if job.seq >= before:
@@ -130,6 +146,7 @@ class JobRegistry:
             if (too_old or kept_bytes > LOG_RETENTION_BYTES) and not job.readers:
                 kept_bytes -= job.log.size
                 job.log = None
+                job.said.clear()
         for job in finished[: max(0, len(finished) - RECORDS_KEPT)]:
             if job.readers:
                 continue

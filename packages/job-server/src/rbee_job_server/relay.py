@@ -5,7 +5,8 @@ not ours are dropped. Each lower job's `<n>-<i>` is kept, so an event that comes
 one that is missing is noticed: the lower job's own stream is then read from the last event we had.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any, NoReturn, Protocol
 
 import anyio
@@ -25,15 +26,24 @@ from rbee_contracts.events import (
     InferStart,
 )
 from rbee_contracts.ids import hop_job_id, step_key
-from rbee_contracts.jobs import JobAccepted
+from rbee_contracts.jobs import JobAccepted, JobRecord
 from rbee_contracts.operations import Operation
 from rbee_contracts.sse import START, Position, parse_event_id
 from rbee_job_server.context import JobContext
+from rbee_job_server.jobs import Job
+from rbee_job_server.journal import JobLost, Step
 
 log = structlog.get_logger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
+RESUME_TIMEOUT_S = 30.0
+"""How long a job that goes on after a restart waits for the service below."""
+
 CANCEL_TIMEOUT_S = 5.0
+REREADS_AT_ONCE = 8
+BEYOND = 10**15 - 1
+UNSAYABLE = (ValueError, OverflowError, RecursionError)
+"""What encoding an event that could be decoded may raise."""
 
 
 class LowerService(Protocol):
@@ -55,7 +65,11 @@ class LowerService(Protocol):
         self, *, output: bool = False, on_connection: Callable[[bool], None] | None = None
     ) -> AsyncIterator[list[AnyEvent]]: ...
 
-    def stream_from(self, job_id: str, position: Position) -> AsyncIterator[tuple[Position, AnyEvent]]: ...
+    def stream_from(
+        self, job_id: str, position: Position
+    ) -> AsyncGenerator[tuple[Position, AnyEvent], None]: ...
+
+    async def get(self, job_id: str) -> JobRecord: ...
 
 
 class LowerJobFailed(RbeeError):
@@ -67,18 +81,30 @@ class LowerJobFailed(RbeeError):
 class _Sink:
     """The upper job's end of one lower job: takes its events in order, once each."""
 
-    def __init__(self, context: JobContext) -> None:
-        self._job = context.job
+    def __init__(self, job: Job, position: Position) -> None:
+        self._job = job
         self._error: Error | None = None
         self._result: Any = None
         self._failure: RbeeError | None = None
-        self._n, self._i = START
+        self._n, self._i = position
         self.ended = anyio.Event()
-        self.rereading = False
+        self.missed: list[tuple[AnyEvent, Position]] | None = None
+        """What the firehose brings while the lower job's own stream is read; None when it is not."""
+        self.is_there = False
+        """Whether the lower job is known to exist, so that its stream can be read."""
+        self.had_gap = False
+
+    @property
+    def job(self) -> Job:
+        return self._job
 
     @property
     def position(self) -> Position:
         return Position(self._n, self._i)
+
+    def is_at(self, position: Position) -> bool:
+        """Whether everything up to `position` has been taken."""
+        return self._n >= position.narrations and self._i >= position.outputs
 
     def is_next(self, event: AnyEvent, position: Position) -> bool:
         """Whether `event` follows what we have; False where something between is missing."""
@@ -109,7 +135,16 @@ class _Sink:
             case ExecuteError() | ExecuteTimeout() | ExecuteCancelled():
                 self.fail(_failure_of(event, self._error))
             case _:
-                self._job.relay(event)
+                self._job.relay(event, n)
+
+    def catch_up(self) -> bool:
+        """Take what the firehose brought meanwhile, if it follows what we have; False while it does not."""
+        for event, position in self.missed or ():
+            if not self.is_next(event, position):
+                return False
+            self.take(event, position)
+        self.missed = None
+        return True
 
     def fail(self, failure: RbeeError) -> None:
         if not self.ended.is_set():
@@ -132,18 +167,22 @@ class Relay:
 
     Args:
         service: the lower service's kind; lower job ids are derived from it.
-        name: how logs and errors call it, e.g. `worker w1`.
+        peer: the lower service's id; it stands in a job's recorded steps.
     """
 
-    def __init__(self, *, service: str, name: str, client: LowerService) -> None:
+    def __init__(self, *, service: str, peer: str, client: LowerService) -> None:
         self._service = service
-        self._name = name
+        self._peer = peer
+        self._name = f"{service} {peer}"
         self._client = client
         self._sinks: dict[str, _Sink] = {}
         self._lost: RbeeError | None = None
+        self._leaving = False
         self._connected = anyio.Event()
         self._disconnected = anyio.Event()
         self._disconnected.set()
+        self._rereads = anyio.CapacityLimiter(REREADS_AT_ONCE)
+        self._tasks: TaskGroup | None = None
 
     @property
     def steps(self) -> int:
@@ -153,39 +192,61 @@ class Relay:
     async def run(self) -> NoReturn:
         """Follow the lower service until cancelled."""
         async with anyio.create_task_group() as tasks:
+            self._tasks = tasks
             async for events in self._client.follow(output=True, on_connection=self._on_connection):
                 for event in events:
-                    self._dispatch(event, tasks)
+                    self._dispatch(event)
         raise RuntimeError(f"the follower of {self._name} has ended")
 
     async def perform(self, context: JobContext, operation: Operation, *, step: str, attempt: int = 0) -> Any:
         """Run `operation` below as a step of the running job; its events become the job's.
 
+        A step that was recorded before a restart is taken up where it is: the lower job is submitted again
+        under the same key only if nothing of its output was passed on, and else only read.
         Leaving (cancelled, timed out) cancels the lower job.
 
         Raises:
+            JobLost: the lower job had begun to speak and is gone.
             RbeeError: the lower job failed, or the lower service is lost.
         """
-        key = step_key(context.job_id, step, attempt)
+        job = context.job
+        key = step_key(job.id, step, attempt)
         job_id = hop_job_id(self._service, key)
-        sink = _Sink(context)
-        await self._wait_connected()
+        is_recorded = job.find_step(step, attempt) is not None
+        sink = _Sink(job, Position(job.lower_n, 0) if is_recorded else START)
+        await self._wait_connected(RESUME_TIMEOUT_S if is_recorded else CONNECT_TIMEOUT_S)
+        if not is_recorded:
+            await job.take_step(Step(step=step, attempt=attempt, where=self._peer, lower_job_id=job_id))
         self._sinks[job_id] = sink
-        context.job.children.append(job_id)
         try:
-            await self._client.submit(
-                operation,
-                correlation_id=context.correlation_id,
-                respond_async=True,
-                idempotency_key=key,
-                time_left_s=context.time_left_s,
-            )
+            if not (is_recorded and job.has_spoken):
+                await self._client.submit(
+                    operation,
+                    correlation_id=context.correlation_id,
+                    respond_async=True,
+                    idempotency_key=key,
+                    time_left_s=context.time_left_s,
+                )
+            sink.is_there = True
+            if is_recorded or sink.had_gap:
+                self._reread(job_id, sink)
             await sink.ended.wait()
             return sink.result()
         finally:
             del self._sinks[job_id]
             if not sink.ended.is_set():
                 await self._cancel_below(job_id, context.correlation_id)
+
+    async def read_output(self, lower_job_id: str) -> list[AnyEvent]:
+        """Read the whole output of a lower job that has ended.
+
+        Raises:
+            RbeeError: it is not kept there any more, or the service cannot be reached.
+        """
+        await self._wait_connected(RESUME_TIMEOUT_S)
+        # Beyond every narration: output only.
+        stream = self._client.stream_from(lower_job_id, Position(BEYOND, 0))
+        return [event async for _, event in stream if event.kind == "output"]
 
     async def lose(self, error: RbeeError, grace_s: float = 1.0) -> None:
         """The lower service is gone for good: what it has still said is taken, then its steps fail."""
@@ -195,13 +256,17 @@ class Relay:
         self._connected.set()
         self.fail_steps(error)
 
+    def leave(self) -> None:
+        """From now on steps that are left go on below: this service takes them up again after its restart."""
+        self._leaving = True
+
     def fail_steps(self, error: RbeeError) -> None:
         """Fail what is under way; new steps may still be tried."""
         for sink in self._sinks.values():
             sink.fail(error)
 
-    async def _wait_connected(self) -> None:
-        with anyio.move_on_after(CONNECT_TIMEOUT_S):
+    async def _wait_connected(self, timeout_s: float) -> None:
+        with anyio.move_on_after(timeout_s):
             await self._connected.wait()
         if self._lost is not None:
             raise self._lost
@@ -211,7 +276,7 @@ class Relay:
             )
 
     async def _cancel_below(self, job_id: str, correlation_id: str) -> None:
-        if self._lost is not None:
+        if self._lost is not None or self._leaving:
             return
         with anyio.move_on_after(CANCEL_TIMEOUT_S, shield=True) as limit:
             try:
@@ -230,35 +295,63 @@ class Relay:
             if self._lost is None and self._connected.is_set():
                 self._connected = anyio.Event()
 
-    def _dispatch(self, event: AnyEvent, tasks: TaskGroup) -> None:
+    def _dispatch(self, event: AnyEvent) -> None:
         sink = self._sinks.get(event.job_id)
         if sink is not None:
-            if sink.rereading:
+            try:
+                position = parse_event_id(event.event_id or "")
+            except ValueError:
+                log.warning("event_without_place", peer=self._name, action=event.action)
                 return
-            position = parse_event_id(event.event_id or "")
-            if sink.is_next(event, position):
-                sink.take(event, position)
+            if sink.missed is not None:
+                sink.missed.append((event, position))
+            elif sink.is_next(event, position):
+                try:
+                    sink.take(event, position)
+                except UNSAYABLE as exc:
+                    self._fail_unsayable(event.job_id, sink, exc)
             else:
-                self._reread(event.job_id, sink, tasks)
+                self._reread(event.job_id, sink, (event, position))
         elif isinstance(event, Gap):
             log.warning("firehose_gap", peer=self._name, steps=len(self._sinks))
             for job_id, owned in self._sinks.items():
-                self._reread(job_id, owned, tasks)
+                self._reread(job_id, owned)
 
-    def _reread(self, job_id: str, sink: _Sink, tasks: TaskGroup) -> None:
-        if not sink.rereading:
-            sink.rereading = True
-            tasks.start_soon(self._read_to_end, job_id, sink)
+    def _reread(self, job_id: str, sink: _Sink, *missed: tuple[AnyEvent, Position]) -> None:
+        """Read a lower job's own stream from what we have, until the firehose can be taken again."""
+        if not sink.is_there:
+            sink.had_gap = True  # `perform` reads it as soon as it is submitted
+        elif sink.missed is None and self._tasks is not None:
+            sink.missed = list(missed)
+            self._tasks.start_soon(self._catch_up, job_id, sink)
 
-    async def _read_to_end(self, job_id: str, sink: _Sink) -> None:
-        """Read the lower job's own stream instead of the firehose, from what we have to its end."""
+    async def _catch_up(self, job_id: str, sink: _Sink) -> None:
         try:
-            async for position, event in self._client.stream_from(job_id, sink.position):
-                sink.take(event, position)
-                if sink.ended.is_set():
-                    return
+            async with self._rereads:
+                # What comes after this record comes on the firehose too, which is being followed.
+                there = parse_event_id((await self._client.get(job_id)).position or "0-0")
+                async with aclosing(self._client.stream_from(job_id, sink.position)) as events:
+                    while not (sink.is_at(there) and sink.catch_up()):
+                        position, event = await anext(events)
+                        sink.take(event, position)
+                        if sink.ended.is_set():
+                            return
+        except StopAsyncIteration:
+            sink.fail(self._job_lost("has no more of it than it had told"))
         except RbeeError as exc:
-            sink.fail(exc)
+            is_gone = exc.code in ("job_not_found", "output_expired")
+            sink.fail(self._job_lost(f"does not know it any more ({exc.code})") if is_gone else exc)
+        except UNSAYABLE as exc:
+            self._fail_unsayable(job_id, sink, exc)
+
+    def _fail_unsayable(self, job_id: str, sink: _Sink, exc: Exception) -> None:
+        """Fail one job for an event that cannot be said again, instead of all with the relay."""
+        sink.fail(LowerJobFailed(f"{self._name} said what cannot be passed on ({type(exc).__name__})."))
+        if self._tasks is not None:
+            self._tasks.start_soon(self._cancel_below, job_id, sink.job.correlation_id)
+
+    def _job_lost(self, reason: str) -> JobLost:
+        return JobLost(f"The job was lost: {self._name} {reason}. Submit it again if it may run twice.")
 
 
 def _failure_of(event: ExecuteError | ExecuteTimeout | ExecuteCancelled, error: Error | None) -> RbeeError:

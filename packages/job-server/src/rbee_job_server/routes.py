@@ -9,9 +9,10 @@ from starlette.routing import Route
 
 from rbee_contracts.errors import Conflict, InvalidRequest
 from rbee_contracts.ids import is_idempotency_key, is_step_key
-from rbee_contracts.jobs import JobAccepted, JobCancelled, JobState
+from rbee_contracts.jobs import JobAccepted, JobCancelled, JobState, JobTicket
 from rbee_contracts.operations import decode_operation, unknown_fields
 from rbee_contracts.sse import START, parse_event_id, parse_firehose_id
+from rbee_job_server.access import TICKET_S, Tickets
 from rbee_job_server.correlation import correlation_id_of
 from rbee_job_server.errors import json_response
 from rbee_job_server.jobs import CancelReason
@@ -23,22 +24,24 @@ RETRY_FRAME = b"retry: 500\n\n"
 DEFAULT_PAGE = 50
 
 
-def job_routes(server: JobServer) -> list[Route]:
+def job_routes(server: JobServer, tickets: Tickets) -> list[Route]:
     """Give the routes of one job server."""
-    handlers = _JobRoutes(server)
+    handlers = _JobRoutes(server, tickets)
     return [
         Route("/v1/jobs", handlers.submit, methods=["POST"]),
         Route("/v1/jobs", handlers.list_jobs, methods=["GET"]),
         Route("/v1/jobs/{job_id}", handlers.get, methods=["GET"]),
         Route("/v1/jobs/{job_id}", handlers.cancel, methods=["DELETE"]),
         Route("/v1/jobs/{job_id}/stream", handlers.stream, methods=["GET"]),
+        Route("/v1/jobs/{job_id}/ticket", handlers.ticket, methods=["POST"]),
         Route("/v1/events", handlers.events, methods=["GET"]),
     ]
 
 
 class _JobRoutes:
-    def __init__(self, server: JobServer) -> None:
+    def __init__(self, server: JobServer, tickets: Tickets) -> None:
         self._server = server
+        self._tickets = tickets
 
     async def submit(self, request: Request) -> Response:
         body = await request.body()
@@ -61,6 +64,7 @@ class _JobRoutes:
                 unknown_fields={} if from_hop else unknown_fields(body, operation),
             )
         )
+        await self._server.durable()
         accepted = JobAccepted(job_id=job.id, sse_url=f"/v1/jobs/{job.id}/stream")
         if respond_async:
             return json_response(accepted, 202, {"Preference-Applied": "respond-async"})
@@ -71,7 +75,7 @@ class _JobRoutes:
         state = query.get("state")
         if state is not None and state not in get_args(JobState):
             raise InvalidRequest(f"state {state[:40]!r} is none of {', '.join(get_args(JobState))}.")
-        page = self._server.registry.page(
+        page = await self._server.page(
             state=msgspec.convert(state, JobState) if state else None,
             operation=query.get("operation"),
             limit=_limit(query.get("limit")),
@@ -80,7 +84,7 @@ class _JobRoutes:
         return json_response(page)
 
     async def get(self, request: Request) -> Response:
-        return json_response(self._server.registry.get(request.path_params["job_id"]).record())
+        return json_response(await self._server.find(request.path_params["job_id"]))
 
     async def cancel(self, request: Request) -> Response:
         job = self._server.registry.get(request.path_params["job_id"])
@@ -89,6 +93,7 @@ class _JobRoutes:
                 f"{job.id} has already {job.state}; only a job that has not ended can be cancelled.",
                 code="job_finished",
             )
+        await self._server.durable()
         return json_response(JobCancelled(job_id=job.id))
 
     async def stream(self, request: Request) -> Any:
@@ -99,11 +104,19 @@ class _JobRoutes:
                 position = parse_event_id(last_event_id)
             except ValueError as exc:
                 raise InvalidRequest(f"Last-Event-ID: {exc}", code="invalid_last_event_id") from exc
-        job = self._server.registry.get_readable(request.path_params["job_id"])
+        job = await self._server.readable(request.path_params["job_id"])
         if job.log is not None and last_event_id and job.log.is_seen(position):
             return Response(status_code=204)
         reader = self._server.attach(job, position)
-        return EventStreamResponse(reader, head=RETRY_FRAME, on_close=lambda: self._server.detach(job))
+        return EventStreamResponse(
+            reader, head=RETRY_FRAME, on_close=lambda: self._server.detach(job), job_id=job.id
+        )
+
+    async def ticket(self, request: Request) -> Response:
+        job_id = request.path_params["job_id"]
+        await self._server.find(job_id)
+        url = f"/v1/jobs/{job_id}/stream?ticket={self._tickets.issue(job_id)}"
+        return json_response(JobTicket(url=url, expires_in=TICKET_S))
 
     async def events(self, request: Request) -> Any:
         after = None

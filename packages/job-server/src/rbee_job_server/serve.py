@@ -4,8 +4,10 @@ uvicorn serves; everything around it is here because by itself it waits for open
 SIGTERM, and answers 200 for ever when a background task has crashed.
 """
 
+import os
 import signal
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
@@ -16,7 +18,10 @@ from msgspec import Struct
 from starlette.types import ASGIApp
 
 from rbee_contracts.errors import Unavailable
+from rbee_job_server.guards import Limits, allow_open_files
+from rbee_job_server.protocol import guarded
 from rbee_job_server.server import JobServer
+from rbee_job_server.sockets import notice_gone_peers
 
 log = structlog.get_logger(__name__)
 
@@ -27,13 +32,20 @@ EXIT_BAD_CONFIG = 2
 BACKLOG = 4096
 WEB_STOP_S = 4.0
 
+CRASH_GRACE_S = 0.2
+"""For each step of a stop after a crash: the jobs' clean-up, the service's own, the open streams."""
+
+CRASH_EXIT_S = 0.9
+"""After a crash the process is gone by then, even where something holds it."""
+
 
 class ServeConfig(Struct, frozen=True, kw_only=True):
-    """Where to listen, and how long running jobs may take to end on SIGTERM, in seconds."""
+    """Where to listen, how long running jobs may take to end on SIGTERM, and what callers may take."""
 
     host: str
     port: int
     drain_timeout_s: float = 30.0
+    limits: Limits = Limits()
 
 
 class CannotBind(Exception):
@@ -55,6 +67,7 @@ def bind(host: str, port: int) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        notice_gone_peers(sock)
         sock.bind((host, port))
         sock.listen(BACKLOG)
         sock.set_inheritable(False)
@@ -76,6 +89,7 @@ def adopt(fd: int) -> socket.socket:
     try:
         sock = socket.socket(fileno=fd)
         sock.getsockname()
+        notice_gone_peers(sock)
     except OSError as exc:
         raise CannotBind(f"file descriptor {fd} is no socket: {exc.strerror or exc}.") from exc
     sock.set_inheritable(False)
@@ -101,6 +115,62 @@ class _Server(uvicorn.Server):
 Loop = Callable[[], Awaitable[None]]
 
 
+class _Ending:
+    """Why and how the service ends: asked for by `stop`, its exit code, and whether it must be quick."""
+
+    def __init__(self, on_crash: Callable[[], None]) -> None:
+        self.stop = anyio.Event()
+        self.draining = anyio.CancelScope()
+        self.exit_code = EXIT_OK
+        self.is_crash = False
+        self._on_crash = on_crash
+
+    def fail(self, exc: BaseException, loop: str) -> None:
+        """Take in that a loop has failed, and make sure that the process ends for it."""
+        self.exit_code = EXIT_CRASHED
+        if isinstance(exc, ServiceFailed):
+            log.error("service_failed", cause=str(exc), loop=loop)
+        else:
+            log.error("loop_crashed", loop=loop, exc_info=exc)
+            self._hurry()
+        self.stop.set()
+
+    def _hurry(self) -> None:
+        """See to it that the process is gone in time, whatever hangs from here on."""
+        if self.is_crash:
+            return
+        self.is_crash = True
+        watchdog = threading.Timer(CRASH_EXIT_S, os._exit, [EXIT_CRASHED])
+        watchdog.daemon = True
+        watchdog.start()
+        self.draining.cancel()
+        try:
+            self._on_crash()
+        except Exception as exc:
+            log.error("clean_up_failed", exc_info=exc)
+
+    async def supervise(
+        self,
+        loop: Callable[..., Awaitable[None]],
+        name: str,
+        *,
+        task_status: anyio.abc.TaskStatus[None] | None = None,
+    ) -> None:
+        """Run what lives as long as the service; its end, however it comes, is the service's."""
+        try:
+            await (loop() if task_status is None else loop(task_status=task_status))
+        except Exception as exc:
+            self.fail(exc, name)
+        else:
+            self.fail(ServiceFailed("a loop that runs for the service's life has ended"), name)
+
+    @asynccontextmanager
+    async def step(self, timeout_s: float | None = None) -> AsyncIterator[None]:
+        """Bound one step of the stop; after a crash to very little."""
+        with anyio.move_on_after(CRASH_GRACE_S if self.is_crash else timeout_s):
+            yield
+
+
 async def serve(
     app: ASGIApp,
     server: JobServer,
@@ -109,71 +179,62 @@ async def serve(
     *,
     loops: Sequence[Loop] = (),
     on_listening: Callable[[], Awaitable[None]] | None = None,
+    on_drained: Callable[[], None] | None = None,
     on_stop: Callable[[], Awaitable[None]] | None = None,
+    on_crash: Callable[[], None] = lambda: None,
 ) -> int:
     """Serve until a signal or a failure, then stop in order; give the exit code.
 
-    A second signal ends the draining at once.
+    A second signal ends the draining at once. After a crash the process ends within a second.
 
     Args:
         loops: what runs beside the server for the whole life of the service; one that raises (or ends)
             stops the service with exit code 1.
         on_listening: called once requests are answered.
-        on_stop: called when the jobs have drained, before the listener closes.
+        on_drained: called when the drain is over, before what still runs is ended or left.
+        on_stop: called when the jobs have drained, before the listener closes; has little time after a
+            crash.
+        on_crash: called at once when a loop has crashed: ends what must not outlive the process.
     """
-    exit_code = EXIT_OK
+    allow_open_files(config.limits.max_connections)
     web = _Server(
         uvicorn.Config(
             app,
+            http=guarded(config.limits),
+            ws="none",
             log_config=None,
             access_log=False,
             lifespan="off",
             timeout_graceful_shutdown=2,
             server_header=False,
+            proxy_headers=False,
         )
     )
-    stop = anyio.Event()
-
-    def fail(exc: BaseException, loop: str) -> None:
-        nonlocal exit_code
-        exit_code = EXIT_CRASHED
-        if isinstance(exc, ServiceFailed):
-            log.error("service_failed", cause=str(exc), loop=loop)
-        else:
-            log.error("loop_crashed", loop=loop, exc_info=exc)
-        stop.set()
-
-    async def supervised(loop: Loop, name: str) -> None:
-        try:
-            await loop()
-        except Exception as exc:
-            fail(exc, name)
-        else:
-            fail(ServiceFailed("a loop that runs for the service's life has ended"), name)
-
+    ending = _Ending(on_crash)
     web_ended = anyio.Event()
 
     async def run_web() -> None:
         try:
             await web.serve(sockets=[sock])
+        except Exception as exc:
+            ending.fail(exc, "web")
         finally:
             web_ended.set()
             web.listening.set()
-            stop.set()
+            ending.stop.set()
 
     async with anyio.create_task_group() as group, _signals() as received:
-        drain_scope = anyio.CancelScope()
 
         async def wait_for_signals() -> None:
             async for signum in received:
-                log.info("signal_received", signal=signum.name, again=stop.is_set())
-                if stop.is_set():
-                    drain_scope.cancel()
-                stop.set()
+                log.info("signal_received", signal=signum.name, again=ending.stop.is_set())
+                if ending.stop.is_set():
+                    ending.draining.cancel()
+                ending.stop.set()
 
-        await group.start(server.run)
+        await group.start(ending.supervise, server.run, "JobServer.run")
         for loop in loops:
-            group.start_soon(supervised, loop, getattr(loop, "__qualname__", repr(loop)))
+            group.start_soon(ending.supervise, loop, getattr(loop, "__qualname__", repr(loop)))
         group.start_soon(wait_for_signals)
         group.start_soon(run_web)
         await web.listening.wait()
@@ -181,23 +242,30 @@ async def serve(
         log.info("listening", host=host, port=port)
         if on_listening is not None:
             await on_listening()
-        await stop.wait()
+        await ending.stop.wait()
 
         server.stopping = True
-        if exit_code == EXIT_OK:
+        if ending.exit_code == EXIT_OK:
             log.info("draining", timeout_s=config.drain_timeout_s)
-            with drain_scope:
+            with ending.draining:
                 await server.drain(config.drain_timeout_s)
-        await server.end_all(Unavailable("The service is stopping.", code="shutting_down"))
+        async with ending.step():
+            if on_drained is not None:
+                on_drained()
+            if server.is_durable:
+                await server.leave()
+            else:
+                await server.end_all(Unavailable("The service is stopping.", code="shutting_down"))
         if on_stop is not None:
-            await on_stop()
+            async with ending.step():
+                await on_stop()
         server.firehose.close()
         web.should_exit = True
-        with anyio.move_on_after(WEB_STOP_S):
+        async with ending.step(WEB_STOP_S):
             await web_ended.wait()
         group.cancel_scope.cancel()
-    log.info("stopped", exit_code=exit_code)
-    return exit_code
+    log.info("stopped", exit_code=ending.exit_code)
+    return ending.exit_code
 
 
 @asynccontextmanager

@@ -15,8 +15,10 @@ import structlog
 from anyio.abc import TaskGroup
 from msgspec import Struct
 
-from rbee_contracts.errors import NotImplementedHere, RbeeError, Unavailable
+from rbee_contracts.errors import NotFound, NotImplementedHere, RbeeError, Unavailable
+from rbee_contracts.events import AnyEvent
 from rbee_contracts.ids import hop_job_id, is_step_key, new_job_id
+from rbee_contracts.jobs import JobPage, JobRecord, JobState
 from rbee_contracts.operations import Infer, OpenAI, Operation, WorkerSpawn
 from rbee_contracts.sse import START, Position
 from rbee_job_server.clock import Clock, SystemClock
@@ -24,15 +26,20 @@ from rbee_job_server.context import JobContext, enter
 from rbee_job_server.event_log import LogReader
 from rbee_job_server.firehose import Firehose
 from rbee_job_server.jobs import CancelReason, Job, JobPolicy
-from rbee_job_server.registry import JobRegistry
+from rbee_job_server.journal import Journal, RestoredJob
+from rbee_job_server.registry import JobRegistry, output_expired, parse_cursor
 
 log = structlog.get_logger(__name__)
 
 Handler: TypeAlias = Callable[[Any, JobContext], Awaitable[Any]]
 Handlers: TypeAlias = Mapping[type[Operation], Handler]
+ReadOutput: TypeAlias = Callable[[Job], Awaitable[list[AnyEvent]]]
 Admit: TypeAlias = Callable[[Operation], None]
 
 SWEEP_EVERY_S = 1.0
+
+RETURN_WINDOW_S = 15.0
+"""After a restart readers have at least this long to come back; their own waits between tries grow to 5 s."""
 
 DEFAULT_TIMEOUTS_S: dict[type[Operation], float] = {WorkerSpawn: 1800.0}
 """Limits of operations whose request names none; what is not here has no limit."""
@@ -43,9 +50,12 @@ class JobServerConfig(Struct, frozen=True, kw_only=True):
 
     Args:
         unread_timeout_s: a job that nobody reads is cancelled after this long (`not_read`).
+        orphan_timeout_s: an inference that the hop above sent is cancelled when nobody has followed this
+            service for this long (`owner_gone`).
     """
 
     unread_timeout_s: float = 60.0
+    orphan_timeout_s: float = 60.0
 
 
 class Submission(Struct, frozen=True, kw_only=True):
@@ -67,6 +77,8 @@ class JobServer:
         actor: who narrates, e.g. `hive/box1`.
         handlers: what executes each operation; an operation without one is 501.
         admit: called before a job is made; what it raises is the answer to the submit.
+        journal: what makes jobs outlive the process; without it they end with it.
+        read_output: reads a finished job's output below again, for one that was restored.
     """
 
     def __init__(
@@ -78,6 +90,8 @@ class JobServer:
         admit: Admit = lambda _: None,
         config: JobServerConfig | None = None,
         clock: Clock | None = None,
+        journal: Journal | None = None,
+        read_output: ReadOutput | None = None,
     ) -> None:
         self.service = service
         self.actor = actor
@@ -86,6 +100,9 @@ class JobServer:
         self.registry = JobRegistry()
         self.firehose = Firehose(self.boot, actor, self.clock)
         self.stopping = False
+        self._journal = journal
+        self._read_output = read_output
+        self._restored: list[Job] = []
         self._handlers = handlers
         self._admit = admit
         self._config = config or JobServerConfig()
@@ -99,10 +116,28 @@ class JobServer:
         """Own the tasks of all jobs, until cancelled."""
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
+            for job in self._restored:
+                self._resume(job)
+            self._restored.clear()
             task_status.started()
             while True:
                 await anyio.sleep(SWEEP_EVERY_S)
-                self.registry.sweep(self.clock.monotonic())
+                self._sweep()
+
+    def restore(self, stored: RestoredJob) -> None:
+        """Take a job over from the run before; called before `run`."""
+        assert self._journal is not None
+        job = Job.restored(
+            stored, actor=self.actor, clock=self.clock, publish=self.firehose.publish, journal=self._journal
+        )
+        self.registry.add(job)
+        if not job.is_finished:
+            self._restored.append(job)
+
+    async def durable(self) -> None:
+        """Wait until everything that was decided so far outlives the process."""
+        if self._journal is not None:
+            await self._journal.flushed()
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more jobs, and wait until running inferences have ended or the time is over.
@@ -120,6 +155,18 @@ class JobServer:
         for job in self.registry:
             job.abort(error)
         await self._wait_until(lambda: not self._running, grace_s)
+
+    async def leave(self, grace_s: float = 5.0) -> None:
+        """Let go of every job that has not ended, without ending it: the next run takes them up again."""
+        self.stopping = True
+        for job in self._running:
+            job.let_go()
+        await self._wait_until(lambda: not self._running, grace_s)
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether jobs outlive the process."""
+        return self._journal is not None
 
     async def _wait_until(self, condition: Callable[[], bool], timeout_s: float) -> None:
         with anyio.move_on_after(timeout_s):
@@ -160,16 +207,64 @@ class JobServer:
             actor=self.actor,
             clock=self.clock,
             publish=self.firehose.publish,
+            journal=self._journal,
         )
         self.registry.add(job)
+        if self._journal is not None:
+            self._journal.accepted(job)
         log.info("job_accepted", job_id=job.id, operation=operation.name, correlation_id=job.correlation_id)
         if job.policy.starts_at_once:
             self._start(job)
         else:
-            job.timer = asyncio.get_running_loop().call_later(
-                self._config.unread_timeout_s, job.cancel, CancelReason.NOT_READ
-            )
+            self._await_reader(job, self._config.unread_timeout_s, CancelReason.NOT_READ)
         return job
+
+    async def find(self, job_id: str) -> JobRecord:
+        """Give a job's record, also when it is no longer in memory; what it tells outlives the process.
+
+        Raises:
+            NotFound: no such job.
+        """
+        try:
+            record = self.registry.get(job_id).record()
+        except NotFound:
+            stored = await self._journal.find(job_id) if self._journal is not None else None
+            if stored is None:
+                raise
+            return stored
+        await self.durable()
+        return record
+
+    async def page(
+        self, *, state: JobState | None, operation: str | None, limit: int, cursor: str | None
+    ) -> JobPage:
+        """List records, newest first: from the journal where there is one, else from memory.
+
+        Raises:
+            InvalidRequest: the cursor is not one of ours.
+        """
+        before_seq = parse_cursor(cursor)
+        if self._journal is None:
+            return self.registry.page(state=state, operation=operation, limit=limit, before_seq=before_seq)
+        await self._journal.flushed()
+        return await self._journal.page(state=state, operation=operation, limit=limit, before_seq=before_seq)
+
+    async def readable(self, job_id: str) -> Job:
+        """Give a job with its log, which a restored one may have to read below again.
+
+        Raises:
+            NotFound: no such job.
+            Gone: its output is no longer kept, here or below.
+        """
+        if job_id not in self.registry and self._journal is not None:
+            await self.find(job_id)
+            raise output_expired(job_id)
+        job = self.registry.get(job_id)
+        if self._read_output is not None:
+            async with job.rebuilding:
+                if job.needs_rebuild and not job.rebuild(await self._read_output(job)):
+                    raise output_expired(job_id)
+        return self.registry.get_readable(job_id)
 
     def attach(self, job: Job, position: Position = START) -> LogReader:
         """Read a job's stream from `position`; the first reader starts the job. Pair with `detach`."""
@@ -186,20 +281,51 @@ class JobServer:
         job.readers -= 1
         window = job.policy.resume_window_s
         if job.readers == 0 and window is not None and not job.is_finished:
-            job.disarm()
-            job.timer = asyncio.get_running_loop().call_later(window, job.cancel, CancelReason.ABANDONED)
+            self._await_reader(job, window, CancelReason.ABANDONED)
+
+    def _await_reader(self, job: Job, timeout_s: float, reason: CancelReason) -> None:
+        job.disarm()
+        job.timer = asyncio.get_running_loop().call_later(timeout_s, job.cancel, reason)
 
     # --- running -----------------------------------------------------------------------------------------
 
     def _start(self, job: Job) -> None:
         assert self._tasks is not None  # or `submit` had refused it
         job.disarm()
-        if job.start():
-            job.scope = anyio.CancelScope()
-            self._running.add(job)
-            if job.policy.timeout_s is not None:
-                job.deadline_timer = asyncio.get_running_loop().call_later(job.policy.timeout_s, job.time_out)
-            self._tasks.start_soon(self._execute, job, job.scope, name=f"job {job.id}")
+        if job.start() and not job.is_finished:  # what it says first may be too much already
+            self._run_handler(job)
+
+    def _resume(self, job: Job) -> None:
+        """Go on with a restored job: its handler runs again, and what it has said or sent is not repeated."""
+        if job.state == "pending" and not job.policy.starts_at_once:
+            self._await_reader(job, self._config.unread_timeout_s, CancelReason.NOT_READ)
+        elif job.state == "pending":
+            self._start(job)
+        else:
+            window = job.policy.resume_window_s
+            if window is not None:
+                self._await_reader(job, max(window, RETURN_WINDOW_S), CancelReason.ABANDONED)
+            self._run_handler(job)
+
+    def _run_handler(self, job: Job) -> None:
+        assert self._tasks is not None
+        job.scope = anyio.CancelScope()
+        self._running.add(job)
+        if job.deadline is not None:
+            left_s = max(0.0, job.deadline - self.clock.monotonic())
+            job.deadline_timer = asyncio.get_running_loop().call_later(left_s, job.time_out)
+        self._tasks.start_soon(self._execute, job, job.scope, name=f"job {job.id}")
+
+    def _sweep(self) -> None:
+        now = self.clock.monotonic()
+        self.registry.sweep(now)
+        unfollowed_s = self.firehose.unfollowed_s()
+        for job in self._running.copy():
+            is_orphan = job.idempotency_key is not None and is_step_key(job.idempotency_key)
+            if is_orphan and isinstance(job.operation, Infer | OpenAI) and not job.readers:
+                since_start = now - (job.started or now)
+                if min(unfollowed_s, since_start) > self._config.orphan_timeout_s:
+                    job.cancel(CancelReason.OWNER_GONE)
 
     async def _execute(self, job: Job, scope: anyio.CancelScope) -> None:
         context = JobContext(job, self.clock)

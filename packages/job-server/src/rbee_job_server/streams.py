@@ -5,10 +5,23 @@ from collections.abc import Callable
 from typing import Protocol
 
 import anyio
+import structlog
 from starlette.types import Receive, Scope, Send
+
+log = structlog.get_logger(__name__)
 
 PING_S = 15.0
 PING_FRAME = b": ping\n\n"
+
+READER_STALL_S = 30.0
+"""A reader that takes so long for one write is closed. Above `PING_S`, whose task looks after it."""
+
+PIECE_BYTES = 256 * 2**10
+"""Most that is handed to a connection at once, and so about what a stalled reader holds besides the
+kernel's own buffers."""
+
+CONNECTION = "rbee.connection"
+"""The ASGI extension with which our server lets a response give up its connection: `abort`."""
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -23,7 +36,7 @@ class FrameSource(Protocol):
     finished: bool
 
     def take(self) -> bytes:
-        """Give all that is pending, in one piece; empty when nothing is."""
+        """Give what is pending, in one piece; empty when nothing is."""
 
     async def wait(self) -> None:
         """Wait until `take` may have something."""
@@ -32,39 +45,44 @@ class FrameSource(Protocol):
 class EventStreamResponse:
     """Stream a source until it is finished or the client has gone; `on_close` is called either way.
 
-    All that is pending leaves in one write. A client that has gone is noticed by its disconnect, not by
-    a failing write. Pings are comments, sent when nothing else was for `PING_S`.
+    What is pending leaves in one write, in more where it is past `PIECE_BYTES`. A client that has gone is
+    noticed by its disconnect, not by a failing write; one that stalls, by a write that takes
+    `READER_STALL_S`. Pings are comments, sent when nothing else was for `PING_S`.
     """
 
-    def __init__(self, source: FrameSource, *, head: bytes = b"", on_close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        source: FrameSource,
+        *,
+        head: bytes = b"",
+        on_close: Callable[[], None],
+        job_id: str | None = None,
+    ) -> None:
         self._source = source
         self._head = head
         self._on_close = on_close
+        self._job_id = job_id
         self._wrote = False
-        self._writing = False
+        self._writing_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_until_disconnect, receive, tasks.cancel_scope)
-                tasks.start_soon(self._ping, send)
-                await self._write(send)
+                tasks.start_soon(self._watch, scope, send, tasks.cancel_scope)
+                await self._stream(send)
                 tasks.cancel_scope.cancel()
         finally:
             self._on_close()
 
-    async def _write(self, send: Send) -> None:
+    async def _stream(self, send: Send) -> None:
         source, head = self._source, self._head
         while True:
             frames, head = head + source.take(), b""
             if frames:
-                self._wrote = self._writing = True
-                await send({"type": "http.response.body", "body": frames, "more_body": not source.finished})
-                self._writing = False
-                # `send` returns at once when the client has gone: give the loop a turn, so that the
-                # disconnect is seen, and so that what is said in the same turn leaves in one write.
-                await asyncio.sleep(0)
+                self._wrote = True
+                await self._write(frames, send, is_last=source.finished)
             if source.finished:
                 if not frames:
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -72,13 +90,43 @@ class EventStreamResponse:
             if not frames:
                 await source.wait()
 
-    async def _ping(self, send: Send) -> None:
+    async def _write(self, frames: bytes, send: Send, *, is_last: bool) -> None:
+        """Send `frames`; no ping comes in between, as a write that waits counts as one that goes on."""
+        clock = asyncio.get_running_loop().time
+        for start in range(0, len(frames), PIECE_BYTES):
+            piece = frames[start : start + PIECE_BYTES]  # the same object where it is all of it
+            is_end = is_last and start + PIECE_BYTES >= len(frames)
+            self._writing_since = clock()
+            await send({"type": "http.response.body", "body": piece, "more_body": not is_end})
+            self._writing_since = None if start + PIECE_BYTES >= len(frames) else clock()
+            # `send` returns at once when the client has gone: give the loop a turn, so that the
+            # disconnect is seen, and so that what is said in the same turn leaves in one write.
+            await asyncio.sleep(0)
+
+    async def _watch(self, scope: Scope, send: Send, tasks: anyio.CancelScope) -> None:
+        """Ping in silence; give up a reader that stalls."""
+        clock = asyncio.get_running_loop().time
         while True:
             self._wrote = False
             await anyio.sleep(PING_S)
-            # A write that waits for a slow reader may be the last one, which no ping may follow.
-            if not (self._wrote or self._writing):
+            since = self._writing_since
+            if since is not None:
+                # The write may be the last one, which no ping may follow.
+                await anyio.sleep(since + READER_STALL_S - clock())
+                if self._writing_since == since:
+                    self._give_up(scope, tasks)
+                    return
+            elif not self._wrote:
                 await send({"type": "http.response.body", "body": PING_FRAME, "more_body": True})
+
+    def _give_up(self, scope: Scope, tasks: anyio.CancelScope) -> None:
+        """End the connection. Nothing can be said on it, as what was said before has not been taken."""
+        log.warning("reader_closed", reason="stalled", stalled_s=READER_STALL_S, job_id=self._job_id)
+        connection = scope.get("extensions", {}).get(CONNECTION)
+        if connection is None:
+            tasks.cancel()
+        else:
+            connection["abort"]()  # the disconnect that follows ends the response
 
 
 async def _until_disconnect(receive: Receive, scope: anyio.CancelScope) -> None:

@@ -8,16 +8,17 @@ from starlette.routing import Route
 
 from rbee_contracts.nodes import Capabilities
 from rbee_hive import VERSION
+from rbee_hive.config import HiveConfig
 from rbee_hive.devices import Devices
 from rbee_hive.presence import Presence
 from rbee_job_server import EventStreamResponse, JobServer, build_app
 from rbee_job_server.errors import json_response
 
 
-def build_hive_app(hive_id: str, server: JobServer, presence: Presence, devices: Devices) -> Starlette:
+def build_hive_app(config: HiveConfig, server: JobServer, presence: Presence, devices: Devices) -> Starlette:
     async def capabilities(_: Request) -> Response:
         listed = await anyio.to_thread.run_sync(devices.read)
-        return json_response(Capabilities(hive_id=hive_id, version=VERSION, devices=listed))
+        return json_response(Capabilities(hive_id=config.hive_id, version=VERSION, devices=listed))
 
     async def heartbeats(request: Request) -> EventStreamResponse:
         """`?follower=queen` says that a queen follows, so that the hive stops announcing itself."""
@@ -32,7 +33,9 @@ def build_hive_app(hive_id: str, server: JobServer, presence: Presence, devices:
     return build_app(
         server,
         name="hive",
-        service_id=hive_id,
+        service_id=config.hive_id,
         version=VERSION,
         routes=[Route("/v1/capabilities", capabilities), Route("/v1/heartbeats/stream", heartbeats)],
+        access=config.access,
+        limits=config.limits,
     )

@@ -11,7 +11,10 @@ from typing import Literal
 from msgspec import Struct
 
 from rbee_contracts.ids import HIVE_ID_PATTERN
+from rbee_job_server.access import AccessConfig
+from rbee_job_server.guards import Limits
 from rbee_job_server.logs import LEVELS
+from rbee_job_server.options import add_guard_options, read_guard_options
 
 DEFAULT_PORT = 7835
 DEFAULT_QUEEN_URL = "http://127.0.0.1:7833"
@@ -29,10 +32,12 @@ class HiveConfig(Struct, frozen=True, kw_only=True):
     drain_timeout_s: float
     log_level: str
     worker_engine: Literal["vllm", "sim"]
+    access: AccessConfig = AccessConfig()
+    limits: Limits = Limits()
 
 
 def parse(argv: list[str], environ: Mapping[str, str]) -> HiveConfig:
-    """Read the command line; `RBEE_QUEEN_URL` and `RBEE_MODELS_DIR` stand in for missing flags.
+    """Read the command line; `RBEE_QUEEN_URL`, `RBEE_MODELS_DIR` and `RBEE_TOKEN` stand in for missing flags.
 
     Raises:
         SystemExit: with status 2 and one clear line, when it cannot be used.
@@ -85,6 +90,7 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> HiveConfig:
         default="vllm",
         help="sim: workers model a GPU engine, for load tests (default: %(default)s)",
     )
+    add_guard_options(parser)
     args = parser.parse_args(argv)
     if not re.search(HIVE_ID_PATTERN, args.hive_id):
         parser.error(f"--hive-id {args.hive_id!r} may only have 1 to 64 letters, digits, '.', '_' and '-'")
@@ -93,6 +99,7 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> HiveConfig:
         parser.error(f"--queen-url {args.queen_url!r} is not of the form http://HOST:PORT")
     if not 0 <= args.port <= 65535:
         parser.error(f"--port {args.port} is not a port")
+    guarding = read_guard_options(parser, args, environ)
     return HiveConfig(
         hive_id=args.hive_id,
         host=args.host,
@@ -103,6 +110,8 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> HiveConfig:
         drain_timeout_s=args.drain_timeout_s,
         log_level=args.log_level,
         worker_engine=args.worker_engine,
+        access=guarding.access,
+        limits=guarding.limits,
     )
 
 

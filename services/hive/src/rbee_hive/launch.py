@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
+from rbee_contracts.access import TOKEN_VARIABLE
 from rbee_contracts.errors import InvalidRequest
 from rbee_contracts.operations import WorkerSpawn
 
@@ -40,6 +41,7 @@ def command_line(
     worker_id: str,
     model_path: str,
     listen_fd: int,
+    token_fd: int,
     devices: list[int],
 ) -> list[str]:
     """Give the command that starts a worker. Several devices set the tensor-parallel size.
@@ -47,8 +49,9 @@ def command_line(
     The caller's `worker_args` come last, so they win.
     """
     command = [sys.executable, "-m", "rbee_worker", "--model", model_path, "--served-model-name", op.model]
-    command += ["--worker-id", worker_id, "--listen-fd", str(listen_fd)]
+    command += ["--worker-id", worker_id, "--listen-fd", str(listen_fd), "--token-fd", str(token_fd)]
     command += ["--engine", config.worker_engine, "--log-level", config.log_level]
+    command += ["--max-body-bytes", str(config.limits.max_body_bytes)]
     if config.worker_engine == "sim":
         return command + op.worker_args
     parallel = ["--tensor-parallel-size", str(len(devices))] if len(devices) > 1 else []
@@ -56,6 +59,10 @@ def command_line(
 
 
 def environment(inherited: Mapping[str, str], kind: DeviceKind, devices: list[int]) -> dict[str, str]:
-    """Show the worker its devices only. NVML counts in PCI order; CUDA by default does not."""
+    """Show the worker its devices only, and not the cluster's token.
+
+    NVML counts in PCI order; CUDA by default does not.
+    """
     visible = ",".join(map(str, devices)) if kind == "cuda" else ""
-    return dict(inherited) | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
+    kept = {name: value for name, value in inherited.items() if name != TOKEN_VARIABLE}
+    return kept | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}

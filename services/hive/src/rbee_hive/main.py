@@ -41,12 +41,18 @@ async def run(config: HiveConfig, environ: Mapping[str, str]) -> int:
 
     try:
         return await serve(
-            build_hive_app(config.hive_id, server, presence, devices),
+            build_hive_app(config, server, presence, devices),
             server,
             sock,
-            ServeConfig(host=config.host, port=config.port, drain_timeout_s=config.drain_timeout_s),
+            ServeConfig(
+                host=config.host,
+                port=config.port,
+                drain_timeout_s=config.drain_timeout_s,
+                limits=config.limits,
+            ),
             loops=[workers.run, presence.beat, announce],
             on_stop=stop,
+            on_crash=workers.kill_all,
         )
     finally:
         devices.close()

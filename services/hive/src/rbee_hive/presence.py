@@ -69,7 +69,7 @@ class Presence:
             port=port,
         )
         told: str | None = None
-        async with JobClient(self._config.queen_url) as queen:
+        async with JobClient(self._config.queen_url, token=self._config.access.token) as queen:
             while True:
                 if self.queens == 0:
                     try:

@@ -71,6 +71,11 @@ class WorkerProcess:
         self._kill_group()
         return await self.wait()
 
+    def kill(self) -> None:
+        """SIGKILL the whole group, at once."""
+        if self.exit_code is None:
+            self._kill_group()
+
     def tail(self, lines: int = TAIL_LINES) -> list[str]:
         """Give the last lines of its log."""
         try:

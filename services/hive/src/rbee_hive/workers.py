@@ -18,6 +18,7 @@ from rbee_hive.launch import WORKER_HOST, DeviceKind, choose_devices, command_li
 from rbee_hive.models import Models
 from rbee_hive.ports import listen_on_free_port
 from rbee_hive.process import WorkerProcess
+from rbee_hive.tokens import new_token, token_pipe
 from rbee_job_client import JobClient
 from rbee_job_server import JobContext, Relay
 
@@ -43,6 +44,7 @@ class Worker:
         devices: list[int],
         port: int,
         process: WorkerProcess,
+        token: str,
     ) -> None:
         self.id = worker_id
         self.model = model
@@ -54,8 +56,8 @@ class Worker:
         self.load = EngineLoad()
         self.max_model_len: int | None = None
         self.started_at = datetime.now(UTC).isoformat(timespec="seconds")
-        self.client = JobClient(f"http://{WORKER_HOST}:{port}")
-        self.relay = Relay(service="worker", name=f"worker {worker_id}", client=self.client)
+        self.client = JobClient(f"http://{WORKER_HOST}:{port}", token=token)
+        self.relay = Relay(service="worker", peer=worker_id, client=self.client)
         self.ready = anyio.Event()
         self.exited = anyio.Event()
         self.finished = anyio.Event()
@@ -193,7 +195,8 @@ class Workers:
     async def _start_process(self, op: WorkerSpawn, kind: DeviceKind, devices: list[int]) -> Worker:
         model = op.model if self._config.worker_engine == "sim" else str(self._models.path(op.model))
         worker_id = f"{op.model.split('/')[-1][:40]}-{secrets.token_hex(3)}".replace("@", "-")
-        with listen_on_free_port(WORKER_HOST) as listener:
+        token = new_token()
+        with listen_on_free_port(WORKER_HOST) as listener, token_pipe(token) as token_fd:
             port = listener.getsockname()[1]
             command = command_line(
                 self._config,
@@ -201,18 +204,26 @@ class Workers:
                 worker_id=worker_id,
                 model_path=model,
                 listen_fd=listener.fileno(),
+                token_fd=token_fd,
                 devices=devices,
             )
             log_path = self._config.state_dir / "logs" / f"{worker_id}.log"
             env = environment(self._environ, kind, devices)
             try:
-                process = await WorkerProcess.start(command, env, log_path, pass_fds=[listener.fileno()])
+                fds = [listener.fileno(), token_fd]
+                process = await WorkerProcess.start(command, env, log_path, pass_fds=fds)
             except OSError as exc:
                 raise WorkerLost(
                     f"The worker's process could not be started: {exc.strerror}.", code="worker_spawn_failed"
                 ) from exc
         worker = Worker(
-            worker_id=worker_id, model=op.model, kind=kind, devices=devices, port=port, process=process
+            worker_id=worker_id,
+            model=op.model,
+            kind=kind,
+            devices=devices,
+            port=port,
+            process=process,
+            token=token,
         )
         self._workers[worker_id] = worker
         self._announce_change()
@@ -238,9 +249,10 @@ class Workers:
                 return
             if waited - narrated >= NARRATE_EVERY_S:
                 narrated = waited
+                since = f" ({waited:.0f} s so far)" if waited > 1 else ""
                 context.narrate(
                     "worker_spawn_health_check",
-                    f"{worker.id} is not ready yet, after {waited:.0f} s; its engine is loading.",
+                    f"Waiting until {worker.id} is ready{since}: its engine is loading.",
                     worker_id=worker.id,
                     waited_s=round(waited, 1),
                 )
@@ -337,6 +349,11 @@ class Workers:
         async with anyio.create_task_group() as tasks:
             for worker in list(self._workers.values()):
                 tasks.start_soon(self._end, worker, SHUTDOWN_GRACE_S)
+
+    def kill_all(self) -> None:
+        """End every worker at once, with all its processes: the hive itself is about to end."""
+        for worker in self._workers.values():
+            worker.process.kill()
 
     async def _end(self, worker: Worker, grace_s: float) -> None:
         if not worker.exited.is_set():

@@ -1,5 +1,6 @@
 """`rbee-queen`: parse, configure logging, run, exit."""
 
+import os
 import sys
 
 import anyio
@@ -8,14 +9,15 @@ from rbee_job_server import CannotBind, configure_logging
 from rbee_job_server.serve import EXIT_BAD_CONFIG
 from rbee_queen.config import parse
 from rbee_queen.main import run
+from rbee_queen.store import StoreFailed
 
 
 def main() -> None:
-    config = parse(sys.argv[1:])
+    config = parse(sys.argv[1:], dict(os.environ))
     configure_logging(service="queen", level=config.log_level)
     try:
         exit_code = anyio.run(run, config, backend_options={"use_uvloop": True})
-    except CannotBind as exc:
+    except (CannotBind, StoreFailed) as exc:
         print(f"rbee-queen: {exc}", file=sys.stderr)
         exit_code = EXIT_BAD_CONFIG
     sys.exit(exit_code)

@@ -12,12 +12,13 @@ from rbee_job_server import EventStreamResponse, JobServer, build_app
 from rbee_job_server.beats import Beats
 from rbee_job_server.errors import json_response
 from rbee_queen import VERSION
+from rbee_queen.config import QueenConfig
 from rbee_queen.fleet import Fleet
 
 _ready_decoder = msgspec.json.Decoder(HiveReady)
 
 
-def build_queen_app(server: JobServer, fleet: Fleet, beats: Beats) -> Starlette:
+def build_queen_app(config: QueenConfig, server: JobServer, fleet: Fleet, beats: Beats) -> Starlette:
     async def hive_ready(request: Request) -> Response:
         try:
             ready = _ready_decoder.decode(await request.body())
@@ -39,4 +40,6 @@ def build_queen_app(server: JobServer, fleet: Fleet, beats: Beats) -> Starlette:
             Route("/v1/hive/ready", hive_ready, methods=["POST"]),
             Route("/v1/heartbeats/stream", heartbeats),
         ],
+        access=config.access,
+        limits=config.limits,
     )

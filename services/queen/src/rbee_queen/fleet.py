@@ -3,7 +3,7 @@
 import ipaddress
 from collections.abc import Callable
 from contextlib import aclosing
-from typing import Literal
+from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
 import anyio
@@ -15,6 +15,7 @@ from rbee_contracts.nodes import HiveHeartbeat, HiveInfo, HiveReady
 from rbee_job_client import JobClient
 from rbee_job_server import Relay
 from rbee_queen.scheduler import Snapshot, WorkerView
+from rbee_queen.store import StoredHive
 
 log = structlog.get_logger(__name__)
 
@@ -29,15 +30,23 @@ SEEN_TIMEOUT_S = 3.0
 WATCH_EVERY_S = 0.5
 
 
+class HiveJournal(Protocol):
+    """Where the fleet is written down."""
+
+    def hive_seen(self, hive_id: str, url: str, boot: str) -> None: ...
+
+
 class Hive:
     """One hive. `Fleet` owns it; others read."""
 
-    def __init__(self, ready: HiveReady, url: str, now: float) -> None:
-        self.id = ready.hive_id
+    def __init__(
+        self, hive_id: str, url: str, boot: str, version: str, now: float, token: str | None
+    ) -> None:
+        self.id = hive_id
         self.url = url
-        self.boot = ready.boot
-        self.version = ready.version
-        self.client = JobClient(url)
+        self.boot = boot
+        self.version = version
+        self.client = JobClient(url, token=token)
         self.relay = self._new_relay()
         self.heartbeat: HiveHeartbeat | None = None
         self.last_seen = now
@@ -47,7 +56,7 @@ class Hive:
         """Set, and replaced, at each heartbeat."""
 
     def _new_relay(self) -> Relay:
-        return Relay(service="hive", name=f"hive {self.id}", client=self.client)
+        return Relay(service="hive", peer=self.id, client=self.client)
 
     def state(self, now: float) -> Literal["connecting", "online", "unreachable"]:
         if now - self.last_seen > UNREACHABLE_AFTER_S:
@@ -71,8 +80,12 @@ class Hive:
 class Fleet:
     """The table of hives. `run` must be running; it owns the lines to them."""
 
-    def __init__(self, now: Callable[[], float]) -> None:
+    def __init__(
+        self, now: Callable[[], float], journal: HiveJournal | None = None, token: str | None = None
+    ) -> None:
         self._now = now
+        self._token = token
+        self._journal = journal
         self._hives: dict[str, Hive] = {}
         self._tasks: TaskGroup | None = None
 
@@ -80,7 +93,19 @@ class Fleet:
         """Own the tasks that follow hives, until cancelled."""
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
+            for hive in self._hives.values():
+                tasks.start_soon(self._follow, hive)
             await anyio.sleep_forever()
+
+    def restore(self, stored: StoredHive) -> None:
+        """Know a hive from the run before; called before `run`, which begins to follow it."""
+        hive = Hive(stored.hive_id, stored.url, stored.boot, "", self._now(), self._token)
+        self._hives[hive.id] = hive
+
+    def leave(self) -> None:
+        """Leave what runs on the hives running: the queen comes back to it."""
+        for hive in self._hives.values():
+            hive.relay.leave()
 
     def infos(self) -> list[HiveInfo]:
         now = self._now()
@@ -190,12 +215,18 @@ class Fleet:
             if known.url == url:
                 known.boot = ready.boot
                 known.version = ready.version
+                self._record(known)
                 return
             known.scope.cancel()
-        hive = Hive(ready, url, self._now())
+        hive = Hive(ready.hive_id, url, ready.boot, ready.version, self._now(), self._token)
         self._hives[hive.id] = hive
+        self._record(hive)
         log.info("hive_announced", hive_id=hive.id, url=url, boot=ready.boot)
         self._tasks.start_soon(self._follow, hive)
+
+    def _record(self, hive: Hive) -> None:
+        if self._journal is not None:
+            self._journal.hive_seen(hive.id, hive.url, hive.boot)
 
     async def _follow(self, hive: Hive) -> None:
         """Keep the line to a hive: its heartbeats, its events, and what its silence means."""

@@ -8,8 +8,8 @@ from typing import Any, get_args
 import msgspec
 import structlog
 
-from rbee_contracts.errors import NoCapacity
-from rbee_contracts.events import Candidate, Decision
+from rbee_contracts.errors import NoCapacity, RbeeError, Unavailable
+from rbee_contracts.events import AnyEvent, Candidate, Decision, InferSchedule
 from rbee_contracts.nodes import HiveInfo, HiveListResult, StatusResult
 from rbee_contracts.operations import (
     HiveGet,
@@ -24,6 +24,7 @@ from rbee_contracts.operations import (
 )
 from rbee_contracts.results import RESULTS
 from rbee_job_server import Handlers, JobContext
+from rbee_job_server.jobs import Job
 from rbee_queen import VERSION
 from rbee_queen.fleet import Fleet, Hive
 from rbee_queen.scheduler import NoPlacement, Request, schedule
@@ -49,7 +50,8 @@ class QueenHandlers:
     async def infer(self, op: Infer, context: JobContext) -> Any:
         """Run an inference on the least busy ready worker of its model."""
         context.narrate("infer_start", f"Inference on {op.model} has started.")
-        decision = self._decide(op)
+        earlier = context.job.earlier(InferSchedule)
+        decision = earlier.data if earlier is not None else self._decide(op)
         context.narrate(
             "infer_schedule",
             f"Runs on {decision.worker_id} of hive {decision.hive_id}: {decision.reason}.",
@@ -63,11 +65,22 @@ class QueenHandlers:
 
     async def forward(self, op: HiveOperation, context: JobContext) -> Any:
         """Have a hive execute one of its operations."""
-        hive = self._fleet.reachable(op.hive_id)
+        step = context.job.find_step(op.name, 0)
+        hive = self._fleet.reachable(op.hive_id) if step is None else self._fleet.get(step.where)
         result = await hive.relay.perform(context, msgspec.structs.replace(op, hive_id=hive.id), step=op.name)
         if isinstance(op, WorkerSpawn | WorkerStop):
             await self._fleet.until_seen(hive, result["worker_id"], is_ready=isinstance(op, WorkerSpawn))
         return result
+
+    async def read_output(self, job: Job) -> list[AnyEvent]:
+        """Read the output of a finished job again, where it ran."""
+        step = job.steps[-1]
+        try:
+            return await self._fleet.get(step.where).relay.read_output(step.lower_job_id)
+        except RbeeError as exc:
+            if exc.retryable:
+                raise Unavailable(f"The output of {job.id} lies on hive {step.where}: {exc.details}") from exc
+            return []
 
     async def status(self, _: Status, __: JobContext) -> StatusResult:
         uptime_s = round(time.monotonic() - self._started, 1)
@@ -116,5 +129,8 @@ def _no_worker(request: Request, candidates: list[Candidate], hives: list[HiveIn
     hive_id = request.hive_id or (having or [hive.hive_id for hive in hives])[0]
     if not having:
         models = sorted({model.model for hive in hives for model in hive.models})
-        text += f" It lies on no hive; models that do: {', '.join(models) or 'none'}."
+        text += (
+            f" It lies on no hive; models that do: {', '.join(models) or 'none'}. "
+            f"Put it into the models folder of {hive_id} first."
+        )
     return f"{text} To start one: rbee worker spawn --model {request.model} --hive-id {hive_id}"

@@ -1,0 +1,34 @@
+"""What must last: the queen's jobs, their narration, and the hives it knows."""
+
+from rbee_queen.store.base import JobStore, StoreFailed
+from rbee_queen.store.records import (
+    FirstOutput,
+    HiveSeen,
+    JobAccepted,
+    JobEnded,
+    JobStarted,
+    Narrated,
+    Record,
+    StepTaken,
+    StoredEvent,
+    StoredHive,
+    StoredJob,
+    StoredStep,
+)
+
+__all__ = [
+    "FirstOutput",
+    "HiveSeen",
+    "JobAccepted",
+    "JobEnded",
+    "JobStarted",
+    "JobStore",
+    "Narrated",
+    "Record",
+    "StepTaken",
+    "StoreFailed",
+    "StoredEvent",
+    "StoredHive",
+    "StoredJob",
+    "StoredStep",
+]

@@ -1,0 +1,239 @@
+"""A queen that is killed and comes back goes on with its jobs; their readers get the exact rest."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from rbee_processes import Cluster, Service, stream, text_of, until
+
+pytestmark = pytest.mark.timeout(180)
+
+
+class RestartableCluster(Cluster):
+    """A cluster whose queen keeps its port and its state when it is started again."""
+
+    def kill_queen(self) -> None:
+        self.queen.kill()
+
+    def start_queen(self) -> None:
+        port = self.queen.url.rpartition(":")[2]
+        self.starts = getattr(self, "starts", 1) + 1
+        log = self.folder / f"queen{self.starts}.log"
+        self.queen = Service("rbee-queen", ["--port", port, "--state-dir", str(self.folder / "q")], log, self.marker)
+
+
+class Reader:
+    """Reads a job to its end across any number of broken connections, as a client would."""
+
+    def __init__(self, url: str, job_id: str) -> None:
+        self.url = url
+        self.job_id = job_id
+        self.events: list[dict[str, Any]] = []
+        self.ids: list[str] = []
+        self.done = False
+
+    def read(self, deadline_s: float = 120.0) -> "Reader":
+        deadline = time.monotonic() + deadline_s
+        while not self.done and time.monotonic() < deadline:
+            headers = {"Last-Event-ID": self.ids[-1]} if self.ids else {}
+            try:
+                with httpx.stream(
+                    "GET", f"{self.url}/v1/jobs/{self.job_id}/stream", headers=headers, timeout=30
+                ) as response:
+                    if response.status_code == 204:
+                        self.done = True
+                    elif response.status_code == 200:
+                        self._take(response)
+                    elif response.status_code != 503:
+                        raise AssertionError(response.read())
+            except httpx.TransportError:
+                pass
+            if not self.done:
+                time.sleep(0.05)
+        assert self.done, f"{self.job_id} did not end; had {len(self.events)} events"
+        return self
+
+    def _take(self, response: httpx.Response) -> None:
+        event_id = ""
+        for line in response.iter_lines():
+            if line.startswith("id: "):
+                event_id = line[4:]
+            elif line == "data: [DONE]":
+                self.done = True
+                return
+            elif line.startswith("data: "):
+                self.events.append(json.loads(line[6:]))
+                self.ids.append(event_id)
+
+
+def cluster_in(tmp_path: Path) -> RestartableCluster:
+    return RestartableCluster(tmp_path, engine="sim", queen_args=["--state-dir", str(tmp_path / "q")])
+
+
+def infer(tokens: int, **fields: Any) -> dict[str, Any]:
+    return {"operation": "infer", "model": "m", "prompt": f"prompt {fields}", "max_tokens": tokens, "ignore_eos": True} | {
+        key: value for key, value in fields.items() if key != "salt"
+    }
+
+
+def assert_whole(events: list[dict[str, Any]], ids: list[str], tokens: int) -> None:
+    assert [e["index"] for e in events if e["action"] == "token"] == list(range(tokens))
+    actions = [e["action"] for e in events if e["action"] != "token"]
+    assert actions == ["execute", "infer_start", "infer_schedule", "infer_worker", "infer_complete", "execute_complete"]
+    assert len(set(ids)) == len(ids)
+    counts = [tuple(map(int, event_id.split("-"))) for event_id in ids]
+    assert counts == sorted(counts)
+
+
+@pytest.mark.parametrize("down_s", [1.0, 10.0])
+def test_kill_of_the_queen_during_20_streams(tmp_path: Path, down_s: float) -> None:
+    """Every client ends with exactly the text the engine produced; none lost, none doubled."""
+    streams, tokens = 20, 1500
+    with cluster_in(tmp_path) as cluster:
+        cluster.spawn("m", "--sim-step-ms", "4")
+        readers = [Reader(cluster.queen.url, cluster.submit(infer(tokens, salt=i))) for i in range(streams)]
+        with ThreadPoolExecutor(streams) as pool:
+            results = [pool.submit(reader.read) for reader in readers]
+            until(lambda: all(len(reader.events) > 50 for reader in readers), "all streams are under way", 60)
+            cluster.kill_queen()
+            threading.Event().wait(down_s)  # the outage itself
+            cluster.start_queen()
+            for result in results:
+                result.result(120)
+
+        for reader in readers:
+            assert_whole(reader.events, reader.ids, tokens)
+            # A new reader gets the same from the start, whoever had restarted meanwhile.
+            with stream(cluster.queen.url, reader.job_id) as frames:
+                again = list(frames)
+            assert text_of([event for _, event in again]) == text_of(reader.events)
+            assert [event_id for event_id, _ in again] == reader.ids
+        hive_jobs = httpx.get(f"{cluster.hive.url}/v1/jobs?operation=infer&limit=100").json()["jobs"]
+        assert len(hive_jobs) == streams, "a job was run twice"
+
+
+def test_a_job_that_finishes_while_the_queen_is_down_is_told_to_its_reader(tmp_path: Path) -> None:
+    with cluster_in(tmp_path) as cluster:
+        cluster.spawn("m", "--sim-step-ms", "4")
+        reader = Reader(cluster.queen.url, cluster.submit(infer(400)))
+        with ThreadPoolExecutor(1) as pool:
+            result = pool.submit(reader.read)
+            until(lambda: len(reader.events) > 20, "the stream is under way")
+            cluster.kill_queen()
+            until(lambda: hive_state(cluster) == "completed", "the hive's job has completed")
+            cluster.start_queen()
+            result.result(60)
+
+        assert_whole(reader.events, reader.ids, 400)
+
+
+def test_kill_between_the_terminal_event_and_the_last_readers_last_byte(tmp_path: Path) -> None:
+    with cluster_in(tmp_path) as cluster:
+        cluster.spawn("m", "--sim-step-ms", "1")
+        job_id = cluster.submit(infer(300), Prefer="respond-async")
+        until(lambda: record(cluster, job_id)["state"] == "completed", "the job has completed")
+        reader = Reader(cluster.queen.url, job_id)
+        with stream(cluster.queen.url, job_id) as frames:
+            for event_id, event in frames:
+                reader.ids.append(event_id)
+                reader.events.append(event)
+                if len(reader.events) == 150:
+                    break
+        cluster.kill_queen()
+        cluster.start_queen()
+        reader.read(60)
+
+        assert_whole(reader.events, reader.ids, 300)
+        assert record(cluster, job_id)["state"] == "completed"
+
+
+def test_history_keys_and_records_survive(tmp_path: Path) -> None:
+    with cluster_in(tmp_path) as cluster:
+        cluster.spawn("m")
+        headers = {"Idempotency-Key": "order-1", "Prefer": "respond-async"}
+        job_id = cluster.submit(infer(5), **headers)
+        until(lambda: record(cluster, job_id)["state"] == "completed", "the job has completed")
+        before = record(cluster, job_id)
+        cluster.kill_queen()
+        cluster.start_queen()
+
+        assert {**record(cluster, job_id), "position": None} == {**before, "position": None}
+        assert cluster.submit(infer(5), **headers) == job_id
+        other = httpx.post(f"{cluster.queen.url}/v1/jobs", json=infer(6), headers=headers)
+        assert other.status_code == 409
+        listed = httpx.get(f"{cluster.queen.url}/v1/jobs?operation=infer").json()["jobs"]
+        assert [job["job_id"] for job in listed] == [job_id]
+
+
+def test_a_pending_job_still_starts_with_its_first_reader(tmp_path: Path) -> None:
+    with cluster_in(tmp_path) as cluster:
+        cluster.spawn("m")
+        job_id = cluster.submit(infer(5))
+        cluster.kill_queen()
+        cluster.start_queen()
+        reader = Reader(cluster.queen.url, job_id).read(60)
+
+        assert_whole(reader.events, reader.ids, 5)
+
+
+def test_what_cannot_go_on_ends_with_job_lost(tmp_path: Path) -> None:
+    """The hive was restarted too: it does not know the job any more, and the job had begun to speak."""
+    with cluster_in(tmp_path) as cluster:
+        cluster.spawn("m", "--sim-step-ms", "20")
+        reader = Reader(cluster.queen.url, cluster.submit(infer(2000, resume_window_s=60)))
+        with ThreadPoolExecutor(1) as pool:
+            result = pool.submit(reader.read)
+            until(lambda: len(reader.events) > 20, "the stream is under way")
+            cluster.kill_queen()
+            port = cluster.hive.url.rpartition(":")[2]
+            cluster.hive.terminate()
+            cluster.restart_hive(port)
+            cluster.start_queen()
+            result.result(60)
+
+        assert reader.events[-1]["action"] == "execute_error"
+        assert reader.events[-1]["code"] == "job_lost"
+
+
+def test_the_prompt_is_erased_when_the_job_ends(tmp_path: Path) -> None:
+    with cluster_in(tmp_path) as cluster:
+        cluster.spawn("m")
+        cluster.events({"operation": "infer", "model": "m", "prompt": "Heffalump zanzibar", "max_tokens": 3})
+        cluster.queen.terminate()
+        files = [path for path in (tmp_path / "q").rglob("*") if path.is_file()]
+
+        assert any(path.suffix == ".db" for path in files)
+        for path in files:
+            assert b"Heffalump" not in path.read_bytes(), path
+            assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_a_stopped_queen_leaves_its_jobs_running_and_takes_them_up_again(tmp_path: Path) -> None:
+    with cluster_in(tmp_path) as cluster:
+        cluster.spawn("m", "--sim-step-ms", "5")
+        reader = Reader(cluster.queen.url, cluster.submit(infer(1500)))
+        with ThreadPoolExecutor(1) as pool:
+            result = pool.submit(reader.read)
+            until(lambda: len(reader.events) > 20, "the stream is under way")
+            cluster.queen.process.terminate()
+            until(lambda: any(e["event"] == "draining" for e in cluster.queen.log()), "the queen drains")
+            assert cluster.queen.terminate() == 0  # a second signal cuts the draining
+            cluster.start_queen()
+            result.result(60)
+
+        assert_whole(reader.events, reader.ids, 1500)
+
+
+def hive_state(cluster: Cluster) -> str:
+    (job,) = httpx.get(f"{cluster.hive.url}/v1/jobs?operation=infer").json()["jobs"]
+    return str(job["state"])
+
+
+def record(cluster: Cluster, job_id: str) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{cluster.queen.url}/v1/jobs/{job_id}").json()
+    return found
