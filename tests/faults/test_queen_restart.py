@@ -24,7 +24,9 @@ class RestartableCluster(Cluster):
         port = self.queen.url.rpartition(":")[2]
         self.starts = getattr(self, "starts", 1) + 1
         log = self.folder / f"queen{self.starts}.log"
-        self.queen = Service("rbee-queen", ["--port", port, "--state-dir", str(self.folder / "q")], log, self.marker)
+        self.queen = Service(
+            "rbee-queen", ["--port", port, "--state-dir", str(self.folder / "q")], log, self.marker
+        )
 
 
 class Reader:
@@ -76,15 +78,26 @@ def cluster_in(tmp_path: Path) -> RestartableCluster:
 
 
 def infer(tokens: int, **fields: Any) -> dict[str, Any]:
-    return {"operation": "infer", "model": "m", "prompt": f"prompt {fields}", "max_tokens": tokens, "ignore_eos": True} | {
-        key: value for key, value in fields.items() if key != "salt"
-    }
+    return {
+        "operation": "infer",
+        "model": "m",
+        "prompt": f"prompt {fields}",
+        "max_tokens": tokens,
+        "ignore_eos": True,
+    } | {key: value for key, value in fields.items() if key != "salt"}
 
 
 def assert_whole(events: list[dict[str, Any]], ids: list[str], tokens: int) -> None:
     assert [e["index"] for e in events if e["action"] == "token"] == list(range(tokens))
     actions = [e["action"] for e in events if e["action"] != "token"]
-    assert actions == ["execute", "infer_start", "infer_schedule", "infer_worker", "infer_complete", "execute_complete"]
+    assert actions == [
+        "execute",
+        "infer_start",
+        "infer_schedule",
+        "infer_worker",
+        "infer_complete",
+        "execute_complete",
+    ]
     assert len(set(ids)) == len(ids)
     counts = [tuple(map(int, event_id.split("-"))) for event_id in ids]
     assert counts == sorted(counts)

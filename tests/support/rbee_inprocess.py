@@ -183,6 +183,7 @@ async def running(
     config: JobServerConfig | None = None,
     clock: Clock | None = None,
     routes: Sequence[BaseRoute] = (),
+    host: str = "127.0.0.1",
     port: int = 0,
     not_ready: Callable[[], str | None] = lambda: None,
     access: AccessConfig | None = None,
@@ -200,8 +201,8 @@ async def running(
         access=access,
         limits=limits,
     )
-    sock = bind("127.0.0.1", port)
-    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    sock = bind(host, port)
+    url = f"http://{host}:{sock.getsockname()[1]}"
     web = _WebServer(app, limits or Limits())
     web_ended = anyio.Event()
 

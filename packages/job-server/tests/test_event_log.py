@@ -1,16 +1,23 @@
 """The event log: each reader gets exactly what it has not had, in order, once, and `[DONE]` last."""
 
 import asyncio
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 from rbee_inprocess import Frame, frames_of
 
-from rbee_contracts.events import AnyEvent, ExecuteComplete, Narration, Token
+from rbee_contracts.events import (
+    AnyEvent,
+    DownloadProgress,
+    ExecuteComplete,
+    ModelDownloadProgress,
+    Narration,
+    Token,
+)
 from rbee_contracts.sse import START, Position, parse_event_id
 from rbee_job_server.event_log import EventLog, LogReader
 
@@ -31,32 +38,53 @@ def token(text: str, index: int = 0) -> AnyEvent:
     return Token(message=text, index=index, **COMMON)
 
 
+class Said(NamedTuple):
+    """What the log was given, and where it came to stand."""
+
+    position: Position
+    event: AnyEvent
+
+    def is_new_at(self, start: Position) -> bool:
+        if self.event.kind == "output":
+            return self.position.outputs > start.outputs
+        return self.position.narrations > start.narrations
+
+
 class Reading:
-    """A reader, where it began, and what it got."""
+    """A reader, where it began, and how far the model of it has come."""
 
-    def __init__(self, log: EventLog, start: Position) -> None:
+    def __init__(self, log: EventLog, start: Position, write_bytes: int) -> None:
         self.start = start
-        self.reader: LogReader = log.reader(start)
-        self.got: list[Frame] = []
+        self.reader: LogReader = log.reader(start, write_bytes=write_bytes)
+        self.seen = 0
+        self.is_done = False
 
-    def take(self) -> None:
-        self.got += frames_of(self.reader.take())
+    def take(self) -> list[Frame]:
+        """Take all that is pending."""
+        body = b""
+        while piece := self.reader.take():
+            body += piece
+        return frames_of(body)
 
 
 class Readers(RuleBasedStateMachine):
-    """Any interleaving of appends, of readers that come with any position, and of reading."""
+    """Any interleaving of appends, of readers that come with any position, and of reading.
+
+    With small blocks and small writes, so that folding and cutting take part.
+    """
 
     readings = Bundle("readings")
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.log = EventLog()
-        self.said: list[tuple[Position, str]] = []
+    @initialize(block_events=st.sampled_from([1, 2, 3, 64]), write_bytes=st.sampled_from([1, 500, 2**18]))
+    def begin(self, block_events: int, write_bytes: int) -> None:
+        self.log = EventLog(block_events)
+        self.write_bytes = write_bytes
+        self.said: list[Said] = []
         self.all: list[Reading] = []
 
     def append(self, event: AnyEvent) -> None:
         self.log.append(event)
-        self.said.append((self.log.position, event.message))
+        self.said.append(Said(self.log.position, event))
 
     @precondition(lambda self: not self.log.closed)
     @rule()
@@ -68,6 +96,13 @@ class Readers(RuleBasedStateMachine):
     def output(self, count: int) -> None:
         for _ in range(count):
             self.append(token(f"token {len(self.said)}", self.log.outputs))
+
+    @precondition(lambda self: not self.log.closed)
+    @rule(model=st.sampled_from(["a", "b"]))
+    def progress(self, model: str) -> None:
+        data = DownloadProgress(model=model, bytes_done=1, bytes_total=None, rate=1.0, eta_s=None)
+        message = f"progress {len(self.said)}"
+        self.append(ModelDownloadProgress(message=message, formatted="", data=data, **COMMON))
 
     @precondition(lambda self: not self.log.closed)
     @rule()
@@ -92,36 +127,39 @@ class Readers(RuleBasedStateMachine):
         return self.join(Position(n, i))
 
     def join(self, position: Position) -> Reading:
-        reading = Reading(self.log, position)
+        reading = Reading(self.log, position, self.write_bytes)
         self.all.append(reading)
         return reading
 
     @rule(reading=readings)
     def take(self, reading: Reading) -> None:
-        reading.take()
-        assert reading.got == self.expected(reading)
+        self.check(reading)
 
-    def expected(self, reading: Reading) -> list[Frame]:
-        frames: list[Frame] = []
-        before = START
-        for position, message in self.said:
-            is_output = position.outputs > before.outputs
-            had = (
-                position.outputs <= reading.start.outputs
-                if is_output
-                else position.narrations <= reading.start.narrations
-            )
-            if not had:
-                frames.append(Frame(str(position), message))
-            before = position
-        if self.log.closed:
-            frames.append(Frame("", "[DONE]"))
-        return [
-            frame._replace(
-                data=got.data if got.action == "[DONE]" or got.json["message"] == frame.data else ""
-            )
-            for frame, got in zip(frames, reading.got, strict=True)
+    def check(self, reading: Reading) -> None:
+        """Take, and compare with what this reader has not had."""
+        got = reading.take()
+        expected = [
+            (str(one.position), one.event.message)
+            for one in self.said[reading.seen :]
+            if one.is_new_at(reading.start) and not self.is_replaced(one)
         ]
+        reading.seen = len(self.said)
+        if self.log.closed and not reading.is_done:
+            reading.is_done = True
+            assert got.pop() == Frame("", "[DONE]")
+        assert [(frame.id, frame.json["message"]) for frame in got] == expected
+        assert reading.reader.finished is reading.is_done
+
+    def is_replaced(self, one: Said) -> bool:
+        """Whether a later progress of the same download stands for this one."""
+        event = one.event
+        if not isinstance(event, ModelDownloadProgress):
+            return False
+        later = [after.event for after in self.said[self.said.index(one) + 1 :]]
+        return any(
+            isinstance(after, ModelDownloadProgress) and after.data.model == event.data.model
+            for after in later
+        )
 
     @invariant()
     def the_position_counts_what_was_said(self) -> None:
@@ -129,10 +167,8 @@ class Readers(RuleBasedStateMachine):
         assert n + i == len(self.log) == len(self.said)
 
     def teardown(self) -> None:
-        for reading in self.all:
-            reading.take()
-            assert reading.got == self.expected(reading)
-            assert reading.reader.finished is self.log.closed
+        for reading in getattr(self, "all", []):
+            self.check(reading)
             assert reading.reader.take() == b""
 
 

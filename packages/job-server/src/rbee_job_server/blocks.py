@@ -90,7 +90,8 @@ class TokenRun:
         ends, times = self._ends, self._times
         skipped = max(0, seq + 1 - self.seq)
         start = ends[skipped - 1] if skipped else 0
-        second, second_text = -1, b""
+        second: int | None = None
+        second_text = b""
         for at in range(skipped, len(ends)):
             if times[at] // 1_000_000 != second:
                 second = times[at] // 1_000_000

@@ -340,7 +340,7 @@ class Job:
             return False
         message = f"{self.operation.name} completed."
         event = ExecuteComplete(data=result, formatted=self._formatted(message), **self._common(message))
-        body = encode_event(event)  # may raise, for a result that cannot be encoded: then the job has not ended
+        body = encode_event(event)  # may raise, for some results: then the job has not ended
         if self.log is not None and not self.log.has_room(body):
             raise self._too_large()
         self.result = result

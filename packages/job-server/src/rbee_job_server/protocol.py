@@ -39,6 +39,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._is_refused = False
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
+        self._extension: dict[object, object] = {}
 
     # --- connection ------------------------------------------------------------------------------------
 
@@ -56,15 +57,16 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        self._extension["error"] = exc
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._is_over:
+        if self._is_over():
             return
         if self._in_head:
             self._raw_bytes += len(data)
         super().data_received(data)
-        if self._is_over:
+        if self._is_over():
             return
         if self._in_head and self._raw_bytes > self.limits.max_head_bytes:
             self._refuse_head()
@@ -82,8 +84,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._in_head = self._is_partial = True
             self._head_bytes = 0
             super().on_message_begin()
-            extensions: dict[str, dict[object, object]] = {CONNECTION: {"abort": self.transport.abort}}
-            self.scope["extensions"] = extensions
+            self._extension = {"abort": self.transport.abort}
+            self.scope["extensions"] = {CONNECTION: self._extension}
 
     def on_url(self, url: bytes) -> None:
         self._head_bytes += len(url)
@@ -113,7 +115,6 @@ class GuardedProtocol(HttpToolsProtocol):
             self._in_head, self._is_partial, self._raw_bytes = True, False, 0
             super().on_message_complete()
 
-    @property
     def _is_over(self) -> bool:
         return self._is_refused or self.transport.is_closing()
 

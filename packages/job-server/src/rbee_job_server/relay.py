@@ -214,7 +214,12 @@ class Relay:
         job_id = hop_job_id(self._service, key)
         is_recorded = job.find_step(step, attempt) is not None
         sink = _Sink(job, Position(job.lower_n, 0) if is_recorded else START)
-        await self._wait_connected(RESUME_TIMEOUT_S if is_recorded else CONNECT_TIMEOUT_S)
+        try:
+            await self._wait_connected(RESUME_TIMEOUT_S if is_recorded else CONNECT_TIMEOUT_S)
+        except RbeeError as exc:
+            if job.has_spoken:
+                raise self._job_lost(f"has not come back: {exc.details}") from exc
+            raise
         if not is_recorded:
             await job.take_step(Step(step=step, attempt=attempt, where=self._peer, lower_job_id=job_id))
         self._sinks[job_id] = sink

@@ -270,5 +270,10 @@ async def serve(
 
 @asynccontextmanager
 async def _signals() -> AsyncIterator[AsyncIterator[signal.Signals]]:
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
-        yield received
+    """Receive the signals that stop a service; once it has stopped, one more changes nothing."""
+    try:
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+            yield received
+    finally:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)

@@ -21,7 +21,7 @@ PIECE_BYTES = 256 * 2**10
 kernel's own buffers."""
 
 CONNECTION = "rbee.connection"
-"""The ASGI extension with which our server lets a response give up its connection: `abort`."""
+"""The ASGI extension of our server: `abort` gives up the connection, `error` is what it was lost by."""
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -66,13 +66,16 @@ class EventStreamResponse:
         self._writing_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        connection = scope.get("extensions", {}).get(CONNECTION, {})
         try:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_until_disconnect, receive, tasks.cancel_scope)
-                tasks.start_soon(self._watch, scope, send, tasks.cancel_scope)
+                tasks.start_soon(self._watch, send, connection.get("abort", tasks.cancel_scope.cancel))
                 await self._stream(send)
                 tasks.cancel_scope.cancel()
+            if isinstance(connection.get("error"), TimeoutError):
+                self._log_closed("unanswered")
         finally:
             self._on_close()
 
@@ -103,30 +106,27 @@ class EventStreamResponse:
             # disconnect is seen, and so that what is said in the same turn leaves in one write.
             await asyncio.sleep(0)
 
-    async def _watch(self, scope: Scope, send: Send, tasks: anyio.CancelScope) -> None:
-        """Ping in silence; give up a reader that stalls."""
+    async def _watch(self, send: Send, abort: Callable[[], object]) -> None:
+        """Ping in silence, until the reader stalls; then give it up."""
         clock = asyncio.get_running_loop().time
-        while True:
+        is_stalled = False
+        while not is_stalled:
             self._wrote = False
             await anyio.sleep(PING_S)
-            since = self._writing_since
-            if since is not None:
+            while not is_stalled and (since := self._writing_since) is not None:
                 # The write may be the last one, which no ping may follow.
                 await anyio.sleep(since + READER_STALL_S - clock())
-                if self._writing_since == since:
-                    self._give_up(scope, tasks)
-                    return
-            elif not self._wrote:
-                await send({"type": "http.response.body", "body": PING_FRAME, "more_body": True})
+                is_stalled = self._writing_since == since
+            if not (is_stalled or self._wrote):
+                with anyio.move_on_after(READER_STALL_S) as limit:
+                    await send({"type": "http.response.body", "body": PING_FRAME, "more_body": True})
+                is_stalled = limit.cancelled_caught
+        # Nothing can be said to it, as what was said before has not been taken.
+        self._log_closed("stalled")
+        abort()  # the disconnect that follows ends the response
 
-    def _give_up(self, scope: Scope, tasks: anyio.CancelScope) -> None:
-        """End the connection. Nothing can be said on it, as what was said before has not been taken."""
-        log.warning("reader_closed", reason="stalled", stalled_s=READER_STALL_S, job_id=self._job_id)
-        connection = scope.get("extensions", {}).get(CONNECTION)
-        if connection is None:
-            tasks.cancel()
-        else:
-            connection["abort"]()  # the disconnect that follows ends the response
+    def _log_closed(self, reason: str) -> None:
+        log.warning("reader_closed", reason=reason, job_id=self._job_id)
 
 
 async def _until_disconnect(receive: Receive, scope: anyio.CancelScope) -> None:

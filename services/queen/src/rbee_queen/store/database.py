@@ -4,7 +4,7 @@ from typing import Protocol
 
 from sqlalchemy import Connection, Dialect
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError
 
 from rbee_queen.store.base import StoreFailed
 
@@ -31,7 +31,7 @@ class Database(Protocol):
     def wipe(self, connection: Connection) -> None:
         """Let what was erased leave the files too."""
 
-    def explain(self, exc: SQLAlchemyError) -> StoreFailed:
+    def explain(self, exc: Exception) -> StoreFailed:
         """Say what went wrong, and what to do."""
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 The drivers' own messages may quote rows, so of those only what is known to quote none is passed on.
 """
 
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError
 
 from rbee_queen.store.base import StoreFailed
 
@@ -33,29 +33,28 @@ _POSTGRES = (
 )
 
 
-def explain_sqlite(where: str, exc: SQLAlchemyError) -> StoreFailed:
-    original = exc.orig if isinstance(exc, DBAPIError) else None
-    name = getattr(original, "sqlite_errorname", None) or type(original or exc).__name__
+def explain_sqlite(where: str, exc: Exception) -> StoreFailed:
+    original = exc.orig if isinstance(exc, DBAPIError) else exc
+    name = getattr(original, "sqlite_errorname", None) or type(original).__name__
     for prefix, cause, remedy in _SQLITE:
         if name.startswith(prefix):
             return StoreFailed(f"{where}: {cause} ({name}); {remedy}.")
     return StoreFailed(f"{where}: SQLite refuses with {name}; the tables may have been changed by hand.")
 
 
-def explain_postgres(where: str, exc: SQLAlchemyError) -> StoreFailed:
-    original = exc.orig if isinstance(exc, DBAPIError) else None
-    diagnosis = getattr(original, "diag", None)
+def explain_postgres(where: str, exc: Exception) -> StoreFailed:
+    original = exc.orig if isinstance(exc, DBAPIError) else exc
     state = getattr(original, "sqlstate", None) or ""
-    said = getattr(diagnosis, "message_primary", None) or type(original or exc).__name__
+    said = getattr(getattr(original, "diag", None), "message_primary", None) or type(original).__name__
     for prefix, cause, remedy in _POSTGRES:
         if state.startswith(prefix):
             return StoreFailed(f"{where}: {cause} ({_line(said)}); {remedy}.")
-    if state.startswith(("08", "57P")) or (not state and isinstance(exc, DBAPIError)):
+    if state.startswith(("08", "57P")) or (not state and type(original).__name__ == "OperationalError"):
         return unreachable(where, said)
-    return StoreFailed(f"{where}: PostgreSQL refuses with {state}: {_line(said)}.")
+    return StoreFailed(f"{where}: PostgreSQL refuses with {state or 'an error'}: {_line(said)}.")
 
 
-def explain_connecting(where: str, exc: SQLAlchemyError) -> StoreFailed:
+def explain_connecting(where: str, exc: Exception) -> StoreFailed:
     """Explain why there is no connection; nothing has been sent yet that could be quoted."""
     text = _line(str(exc.orig if isinstance(exc, DBAPIError) else exc))
     for sign, (_, cause, remedy) in (

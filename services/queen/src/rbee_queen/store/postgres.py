@@ -77,7 +77,7 @@ class PostgresDatabase:
     def wipe(self, connection: Connection) -> None:
         """Nothing to do: the server's own vacuum does it."""
 
-    def explain(self, exc: SQLAlchemyError) -> StoreFailed:
+    def explain(self, exc: Exception) -> StoreFailed:
         return explain_postgres(self._where, exc)
 
     def close(self) -> None:

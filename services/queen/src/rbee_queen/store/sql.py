@@ -6,6 +6,7 @@ commits, see `sqlite.py`. With PostgreSQL the server decides; by default a power
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import TypeVar
 
 from sqlalchemy import Connection, and_
@@ -40,6 +41,7 @@ class SqlStore:
         self._database = choose(url)
         self._store_payloads = store_payloads
         self._writer = Writer(self._database.dialect, store_payloads=store_payloads)
+        self._driver_errors = (self._database.dialect.loaded_dbapi.Error,)
         self._connection: Connection | None = None
 
     def open(self) -> None:
@@ -58,8 +60,10 @@ class SqlStore:
         statements = self._writer.statements(records)
 
         def execute(connection: Connection) -> None:
-            for sql, rows in statements:
-                connection.exec_driver_sql(sql, rows)
+            # The driver's own cursor: half the time of SQLAlchemy's, and every request waits for this.
+            with closing(connection.connection.cursor()) as cursor:
+                for sql, rows in statements:
+                    cursor.executemany(sql, rows)
 
         self._run(execute)
 
@@ -121,13 +125,24 @@ class SqlStore:
                 try:
                     with self._connection.begin():
                         return work(self._connection)
-                except SQLAlchemyError as exc:
+                except (SQLAlchemyError, *self._driver_errors) as exc:
                     failure = self._database.explain(exc)
-                    if not (isinstance(exc, DBAPIError) and exc.connection_invalidated):
+                    if not self._is_lost(exc):
                         raise failure from None
+                    self._connection.invalidate()
                     self._connection.close()
             now = time.monotonic()
             deadline = deadline or now + self._database.patience_s
             if now >= deadline:
                 raise failure from None
             time.sleep(RETRY_EVERY_S)
+
+    def _is_lost(self, exc: Exception) -> bool:
+        """Whether an error broke the connection."""
+        connection = self._connection
+        if connection is None or connection.closed or connection.invalidated:
+            return True
+        if isinstance(exc, DBAPIError):
+            return exc.connection_invalidated
+        is_lost: Callable[..., bool] = self._database.dialect.is_disconnect
+        return is_lost(exc, connection.connection.driver_connection, None)

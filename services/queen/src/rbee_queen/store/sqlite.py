@@ -64,7 +64,7 @@ class SqliteDatabase:
         except OSError as exc:
             self.close()
             raise explain_system(self._where, exc) from None
-        except SQLAlchemyError as exc:
+        except (SQLAlchemyError, sqlite3.Error) as exc:
             self.close()
             raise self.explain(exc) from None
         return connection
@@ -76,7 +76,7 @@ class SqliteDatabase:
         with contextlib.suppress(sqlite3.OperationalError):
             driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
-    def explain(self, exc: SQLAlchemyError) -> StoreFailed:
+    def explain(self, exc: Exception) -> StoreFailed:
         return explain_sqlite(self._where, exc)
 
     def close(self) -> None:
@@ -111,7 +111,8 @@ class SqliteDatabase:
 
 
 def _begin(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    driver: Any = connection.connection.driver_connection
+    driver.execute("BEGIN IMMEDIATE")
 
 
 def _make_private(path: Path, *, create: bool) -> None:
