@@ -77,9 +77,9 @@ def machine(versions: Mapping[str, str]) -> Machine:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Give the value that `share` of the sorted `values` do not exceed; NaN where there is none."""
+    """Give the value that `share` of the sorted `values` do not exceed; 0 where there is none."""
     if not values:
-        return float("nan")
+        return 0.0
     return values[min(len(values) - 1, int(len(values) * share))]
 
 

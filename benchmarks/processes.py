@@ -1,8 +1,7 @@
-"""The processes under measurement: rbee's three services, and the peers put in front of the same worker."""
+"""The processes under measurement: a queen, a hive and a sim worker, with their options as they come."""
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -11,14 +10,12 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.measure import with_descendants
-
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[1]
-ROUTER_PYTHON = ROOT / ".tools/benchmarks/bin/python"
 
 MODEL = "sim"
 HIVE_ID = "bench"
@@ -134,109 +131,6 @@ def cluster(folder: Path, worker_args: Sequence[str]) -> Iterator[Cluster]:
         running.close()
 
 
-class Peer:
-    """A proxy in front of the worker: its port, its processes, its version."""
-
-    def __init__(self, process: Process, port: int, version: str) -> None:
-        self.process = process
-        self.port = port
-        self.version = version
-
-    @property
-    def pids(self) -> list[int]:
-        return with_descendants(self.process.pid)
-
-    def close(self) -> None:
-        self.process.stop()
-
-
-def start_router(folder: Path, worker_port: int) -> Peer:
-    """Put sglang-router in front of a worker, with the policy that costs it least.
-
-    Raises:
-        CannotMeasure: it is not installed, or did not start.
-    """
-    if not ROUTER_PYTHON.exists():
-        raise CannotMeasure("sglang-router is not installed; `make bench-relay` does that")
-    show = "import importlib.metadata as m; print(m.version('sglang-router'))"
-    version = subprocess.run([ROUTER_PYTHON, "-c", show], capture_output=True, text=True, check=False)
-    port, metrics_port = free_port(), free_port()
-    command = [ROUTER_PYTHON, "-m", "sglang_router.launch_router", "--host", "127.0.0.1"]
-    command += ["--worker-urls", f"http://127.0.0.1:{worker_port}", "--policy", "round_robin"]
-    command += ["--port", str(port), "--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
-    command += ["--max-concurrent-requests", "4096"]
-    process = Process("sglang-router", command, folder / "sglang-router.out")
-    return _when_it_answers(Peer(process, port, version.stdout.strip()))
-
-
-def start_nginx(folder: Path, worker_port: int) -> Peer:
-    """Put nginx in front of a worker: one process, no buffering, connections kept.
-
-    Raises:
-        CannotMeasure: it is not installed, or did not start.
-    """
-    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-    if program is None:
-        raise CannotMeasure("nginx is not installed (Debian: apt-get install nginx-light)")
-    said = subprocess.run([program, "-v"], capture_output=True, text=True, check=False).stderr
-    port = free_port()
-    prefix = folder / "nginx"
-    prefix.mkdir(exist_ok=True)
-    (prefix / "nginx.conf").write_text(
-        NGINX_CONF.format(port=port, worker_port=worker_port, root="user root;" if os.geteuid() == 0 else "")
-    )
-    command = [program, "-p", prefix, "-c", "nginx.conf", "-e", "error.log"]
-    return _when_it_answers(Peer(Process("nginx", command, folder / "nginx.out"), port, said.split("/")[-1].strip()))
-
-
-NGINX_CONF = """\
-{root}
-daemon off;
-pid nginx.pid;
-worker_processes 1;
-worker_rlimit_nofile 8192;
-events {{ worker_connections 4096; }}
-http {{
-    access_log off;
-    client_body_temp_path body;
-    proxy_temp_path proxy;
-    fastcgi_temp_path fastcgi;
-    uwsgi_temp_path uwsgi;
-    scgi_temp_path scgi;
-    upstream worker {{ server 127.0.0.1:{worker_port}; keepalive 64; }}
-    server {{
-        listen 127.0.0.1:{port} backlog=4096;
-        location / {{
-            proxy_pass http://worker;
-            proxy_http_version 1.1;
-            proxy_set_header Connection "";
-            proxy_buffering off;
-            proxy_read_timeout 300s;
-        }}
-    }}
-}}
-"""
-
-
-def _when_it_answers(peer: Peer) -> Peer:
-    chat = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
-    body = json.dumps(chat).encode()
-
-    def answers() -> bool:
-        peer.process.fail_if_gone()
-        try:
-            return b"chat.completion" in fetch(f"http://127.0.0.1:{peer.port}/v1/chat/completions", body)
-        except OSError:
-            return False
-
-    try:
-        until(answers, f"{peer.process.name} answers")
-    except BaseException:
-        peer.close()
-        raise
-    return peer
-
-
 def fetch(url: str, body: bytes | None = None) -> bytes:
     """Give the body of an answer; an error answer is an `OSError`."""
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
@@ -272,3 +166,10 @@ def has_store() -> bool:
     """Whether this version of the queen keeps jobs in a store; then it is on, as it is by default."""
     shown = subprocess.run([BIN / "rbee-queen", "--help"], capture_output=True, text=True, check=False)
     return "--state-dir" in shown.stdout or "--store" in shown.stdout
+
+
+def versions() -> dict[str, str]:
+    """Give the versions of what rbee's own path consists of."""
+    names = ("uvicorn", "starlette", "uvloop", "msgspec")
+    store = "on (SQLite)" if has_store() else "none in this version"
+    return {name: version(name) for name in names} | {"queen's store": store}

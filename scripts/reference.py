@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import msgspec
 import msgspec.inspect as mi
+
 from rbee_contracts.events import EVENTS, Event
 from rbee_contracts.operations import OPERATIONS, HiveOperation, Infer, OnHive, OpenAI, Operation
 from rbee_contracts.results import RESULTS

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,9 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 RUNNABLE = {"bash", "sh", "python", "javascript"}
 ELSEWHERE = {"activate", "make-demo", "rbee-up", "rbee-status", "rbee-infer", "workers", "jobs", "scripts"}
 """Run by test_commands.py."""
+
+WITH_A_TOKEN = {"token-make", "token-curl"}
+"""Run by test_access_faults.py."""
 
 
 class Block(NamedTuple):
@@ -56,6 +60,8 @@ def run(cluster: Cluster, name: str, tmp_path: Path, *args: str, **environ: str)
         "python": (".py", sys.executable),
         "javascript": (".mjs", "node"),
     }[found.language]
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
     script = tmp_path / f"example{suffix}"
     script.write_text(code)
     done = subprocess.run(

@@ -2,13 +2,15 @@
 
 import re
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from rbee_processes import Cluster, read_log, stream, text_of, until
+from rbee_processes import MODELS, Cluster, Service, read_log, stream, text_of, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -19,12 +21,6 @@ def infer(**fields: Any) -> dict[str, Any]:
     return {"operation": "infer", "model": "rbee-tiny", "prompt": PROMPT, "temperature": 0} | fields
 
 
-def worker_url(cluster: Cluster) -> str:
-    workers = cluster.run({"operation": "worker_list"})["workers"]
-    port = next(worker["port"] for worker in workers if worker["state"] == "ready")
-    return f"http://127.0.0.1:{port}"
-
-
 def metric(url: str, name: str) -> int:
     """Read what vLLM itself says."""
     found = re.search(rf"^{name}\{{[^}}]*\}} (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
@@ -33,8 +29,10 @@ def metric(url: str, name: str) -> int:
     return int(float(found[1]))
 
 
-def running_requests(url: str) -> int:
-    return metric(url, "vllm:num_requests_running")
+def running_requests(cluster: Cluster) -> int:
+    """What the hive last heard of its worker's engine, twice a second; a worker speaks to its hive only."""
+    workers = cluster.run({"operation": "worker_list"}, cluster.hive.url)["workers"]
+    return sum(worker["running"] for worker in workers)
 
 
 def test_the_greedy_continuation_is_the_corpus(cluster: Cluster, corpus: str) -> None:
@@ -136,29 +134,28 @@ def test_a_second_reader_after_the_end_gets_the_whole_stream(cluster: Cluster) -
 
 
 def test_delete_in_mid_stream_frees_the_engine_within_a_second(cluster: Cluster) -> None:
-    url = worker_url(cluster)
     job_id = cluster.submit(infer(max_tokens=1900, ignore_eos=True))
     with stream(cluster.queen.url, job_id) as frames:
         _until_tokens(frames, 10)
-        assert running_requests(url) == 1
+        until(lambda: running_requests(cluster) == 1, "the engine runs it", 2.0)
         assert httpx.delete(f"{cluster.queen.url}/v1/jobs/{job_id}").json() == {
             "job_id": job_id,
             "status": "cancelled",
         }
-        until(lambda: running_requests(url) == 0, "the engine runs nothing", 1.0)
+        until(lambda: running_requests(cluster) == 0, "the engine runs nothing", 1.5)
         last = [event for _, event in frames][-1]
 
     assert last["action"] == "execute_cancelled"
 
 
 def test_a_client_gone_for_good_frees_the_engine_within_a_second_after_its_window(cluster: Cluster) -> None:
-    url = worker_url(cluster)
     job_id = cluster.submit(infer(max_tokens=1900, ignore_eos=True, resume_window_s=1.0))
     with stream(cluster.queen.url, job_id) as frames:
         _until_tokens(frames, 10)
+        until(lambda: running_requests(cluster) == 1, "the engine runs it", 2.0)
     left = time.monotonic()
 
-    until(lambda: running_requests(url) == 0, "the engine runs nothing", 2.0)
+    until(lambda: running_requests(cluster) == 0, "the engine runs nothing", 2.5)
 
     assert time.monotonic() - left > 0.9, "it was cancelled before its resume window was over"
     record = httpx.get(f"{cluster.queen.url}/v1/jobs/{job_id}").json()
@@ -195,17 +192,31 @@ def test_chat_messages_choices_logprobs_and_stop(cluster: Cluster) -> None:
     assert stopped[-1]["data"]["finish_reason"] == "stop"
 
 
-def test_the_tokens_of_one_engine_step_leave_the_worker_as_one_write(cluster: Cluster) -> None:
+@pytest.fixture
+def lone_worker(tmp_path: Path) -> Iterator[str]:
+    """A worker without a hive, and so without a token that only the hive knows."""
+    args = ["--model", str(MODELS / "rbee-tiny"), "--port", "0"]
+    worker = Service("rbee-worker", args, tmp_path / "worker.log", str(tmp_path))
+    try:
+        until(lambda: httpx.get(f"{worker.url}/ready").status_code == 200, "the worker is ready", 180)
+        yield worker.url
+    finally:
+        worker.terminate()
+
+
+def test_the_tokens_of_one_engine_step_leave_the_worker_as_one_write(
+    cluster: Cluster, lone_worker: str
+) -> None:
     """The firehose gets about as many writes as the engine made steps, however many streams are in them."""
     streams, tokens = 8, 200
-    url = worker_url(cluster)
+    url = lone_worker
     operation = infer(max_tokens=tokens, ignore_eos=True)
     steps_before = metric(url, "vllm:iteration_tokens_total_count")
     with (
         httpx.stream("GET", f"{url}/v1/events?output=1", timeout=30) as firehose,
         ThreadPoolExecutor(8) as pool,
     ):
-        list(pool.map(lambda _: cluster.submit(operation, Prefer="respond-async"), range(streams)))
+        list(pool.map(lambda _: cluster.submit(operation, url, Prefer="respond-async"), range(streams)))
         said, writes = b"", 0
         for chunk in firehose.iter_raw():
             said += chunk

@@ -1,80 +1,20 @@
 """A queen that is killed and comes back goes on with its jobs; their readers get the exact rest."""
 
-import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from rbee_processes import Cluster, Service, stream, text_of, until
+from rbee_processes import Cluster, stream, text_of, until
+from rbee_restarts import Reader, RestartableCluster
 
 pytestmark = pytest.mark.timeout(180)
 
 
-class RestartableCluster(Cluster):
-    """A cluster whose queen keeps its port and its state when it is started again."""
-
-    def kill_queen(self) -> None:
-        self.queen.kill()
-
-    def start_queen(self) -> None:
-        port = self.queen.url.rpartition(":")[2]
-        self.starts = getattr(self, "starts", 1) + 1
-        log = self.folder / f"queen{self.starts}.log"
-        self.queen = Service(
-            "rbee-queen", ["--port", port, "--state-dir", str(self.folder / "q")], log, self.marker
-        )
-
-
-class Reader:
-    """Reads a job to its end across any number of broken connections, as a client would."""
-
-    def __init__(self, url: str, job_id: str) -> None:
-        self.url = url
-        self.job_id = job_id
-        self.events: list[dict[str, Any]] = []
-        self.ids: list[str] = []
-        self.done = False
-
-    def read(self, deadline_s: float = 120.0) -> "Reader":
-        deadline = time.monotonic() + deadline_s
-        while not self.done and time.monotonic() < deadline:
-            headers = {"Last-Event-ID": self.ids[-1]} if self.ids else {}
-            try:
-                with httpx.stream(
-                    "GET", f"{self.url}/v1/jobs/{self.job_id}/stream", headers=headers, timeout=30
-                ) as response:
-                    if response.status_code == 204:
-                        self.done = True
-                    elif response.status_code == 200:
-                        self._take(response)
-                    elif response.status_code != 503:
-                        raise AssertionError(response.read())
-            except httpx.TransportError:
-                pass
-            if not self.done:
-                time.sleep(0.05)
-        assert self.done, f"{self.job_id} did not end; had {len(self.events)} events"
-        return self
-
-    def _take(self, response: httpx.Response) -> None:
-        event_id = ""
-        for line in response.iter_lines():
-            if line.startswith("id: "):
-                event_id = line[4:]
-            elif line == "data: [DONE]":
-                self.done = True
-                return
-            elif line.startswith("data: "):
-                self.events.append(json.loads(line[6:]))
-                self.ids.append(event_id)
-
-
 def cluster_in(tmp_path: Path) -> RestartableCluster:
-    return RestartableCluster(tmp_path, engine="sim", queen_args=["--state-dir", str(tmp_path / "q")])
+    return RestartableCluster(tmp_path, engine="sim")
 
 
 def infer(tokens: int, **fields: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from rbee_contracts.events import (
     Token,
 )
 from rbee_contracts.sse import START, Position, parse_event_id
-from rbee_job_server.event_log import EventLog, LogReader
+from rbee_job_server.event_log import DONE_FRAME, EventLog, LogReader
 
 COMMON: dict[str, Any] = {
     "actor": "worker/w1",
@@ -55,6 +55,7 @@ class Reading:
 
     def __init__(self, log: EventLog, start: Position, write_bytes: int) -> None:
         self.start = start
+        self.write_bytes = write_bytes
         self.reader: LogReader = log.reader(start, write_bytes=write_bytes)
         self.seen = 0
         self.is_done = False
@@ -64,6 +65,8 @@ class Reading:
         body = b""
         while piece := self.reader.take():
             body += piece
+            assert len(piece) <= self.write_bytes + len(DONE_FRAME) or piece.count(b"\n\n") == 1
+            assert body.count(DONE_FRAME) <= 1
         return frames_of(body)
 
 

@@ -23,7 +23,15 @@ from rbee_contracts.events import Placement
 from rbee_contracts.ids import hop_job_id, new_job_id, step_key
 from rbee_contracts.operations import HiveList, Infer, OpenAI, Operation, Status, WorkerSpawn
 from rbee_contracts.sse import START
-from rbee_job_server import JobContext, JobServer, JobServerConfig, Submission, current_job, narrate
+from rbee_job_server import (
+    JobContext,
+    JobServer,
+    JobServerConfig,
+    Submission,
+    current_job,
+    narrate,
+    registry,
+)
 from rbee_job_server.jobs import CancelReason, Job
 from rbee_job_server.registry import LOG_RETENTION_S
 
@@ -176,7 +184,9 @@ def test_any_coming_and_going_of_readers(steps: list[str | int], kind: str, asyn
             if code is not None:
                 assert end_code(job) == code
 
-    run_counted(walk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "LOG_RETENTION_S", 1e9)  # all that was said is looked at in the end
+        run_counted(walk)
 
 
 def test_a_job_never_read_is_cancelled_and_never_runs() -> None:
@@ -649,44 +659,6 @@ def test_draining_waits_for_no_operation_but_inference() -> None:
     run_counted(walk)
 
 
-@pytest.mark.parametrize(
-    ("operation", "of_a_hop", "ends"),
-    [(INFER, True, True), (INFER, False, False), (WorkerSpawn(model="m"), True, False)],
-)
-def test_an_inference_whose_owner_is_gone_is_cancelled(
-    operation: Operation, of_a_hop: bool, ends: bool
-) -> None:
-    async def walk() -> None:
-        async with serving(forever) as server:
-            follower = server.firehose.follow(None, output=True)
-            key = step_key(new_job_id(), "infer") if of_a_hop else "of a user"
-            job = submit(server, operation, respond_async=True, idempotency_key=key)
-            await anyio.sleep(300)
-            assert state_of(job) == "running"
-            follower.close()
-            await anyio.sleep(55)
-            assert state_of(job) == "running"
-            await anyio.sleep(10)
-
-            assert job.is_finished is ends
-            if ends:
-                assert end_code(job) == "owner_gone"
-
-    run_counted(walk)
-
-
-def test_an_owner_that_comes_back_in_time_keeps_its_job() -> None:
-    async def walk() -> None:
-        async with serving(forever) as server:
-            job = submit(server, respond_async=True, idempotency_key=step_key(new_job_id(), "infer"))
-            for _ in range(5):
-                await anyio.sleep(50)
-                server.firehose.follow(None, output=True).close()
-            assert state_of(job) == "running"
-
-    run_counted(walk)
-
-
 # --- forgetting ----------------------------------------------------------------------------------------
 
 
@@ -715,8 +687,6 @@ def test_a_finished_log_is_kept_ten_minutes_and_longer_while_it_is_read() -> Non
 
 @pytest.mark.anyio
 async def test_finished_logs_are_bounded_in_bytes_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rbee_job_server import registry
-
     monkeypatch.setattr(registry, "LOG_RETENTION_BYTES", 250_000)
 
     async def handler(_: Operation, context: JobContext) -> None:
@@ -734,8 +704,6 @@ async def test_finished_logs_are_bounded_in_bytes_oldest_first(monkeypatch: pyte
 
 @pytest.mark.anyio
 async def test_records_are_bounded_and_their_keys_go_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rbee_job_server import registry
-
     monkeypatch.setattr(registry, "RECORDS_KEPT", 2)
     async with serving(forever_not) as server:
         jobs = []

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from rbee_hive.config import parse
 
 

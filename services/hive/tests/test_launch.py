@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+
 from rbee_contracts.errors import InvalidRequest
 from rbee_contracts.operations import WorkerSpawn
 from rbee_hive.config import HiveConfig

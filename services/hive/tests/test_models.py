@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from rbee_contracts.errors import NotFound
 from rbee_hive.models import Models
 

@@ -3,6 +3,7 @@
 from unittest.mock import patch
 
 import pytest
+
 from rbee_contracts.errors import NoCapacity
 from rbee_hive.ports import FIRST_PORT, LAST_PORT, listen_on_free_port
 

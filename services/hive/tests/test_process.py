@@ -6,6 +6,7 @@ from pathlib import Path
 
 import anyio
 import psutil
+
 from rbee_hive.process import WorkerProcess
 
 STUBBORN = """

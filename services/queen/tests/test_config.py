@@ -1,6 +1,7 @@
 """The queen's command line."""
 
 import pytest
+
 from rbee_queen.config import parse
 
 

@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 import pytest
+
 from rbee_contracts.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from rbee_contracts.nodes import HiveReady
 from rbee_queen.fleet import UNREACHABLE_AFTER_S, Fleet

@@ -203,7 +203,9 @@ async def scenario(plan: Plan, kills: list[int]) -> None:
 
             async def work(queen: Queen = queen) -> None:
                 if not job_ids:
-                    job = queen.server.submit(Submission(operation=Infer(model="m", prompt="p"), correlation_id="c"))
+                    job = queen.server.submit(
+                        Submission(operation=Infer(model="m", prompt="p"), correlation_id="c")
+                    )
                     await queen.server.durable()
                     job_ids.append(job.id)
                 while not reader.is_done:

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rbee_contracts.events import Decision
 from rbee_queen.scheduler import NoPlacement, Request, Snapshot, WorkerView, schedule
 
@@ -52,7 +53,7 @@ def test_our_own_assignments_count_before_a_heartbeat_tells_of_them() -> None:
 def test_every_rejected_worker_keeps_its_reason(
     changes: dict[str, object], request_: dict[str, str], reason: str
 ) -> None:
-    outcome = decide(worker(**changes), **request_)
+    outcome = decide(worker("w1", **changes), **request_)
 
     assert isinstance(outcome, NoPlacement)
     assert [candidate.reason for candidate in outcome.candidates] == [reason]

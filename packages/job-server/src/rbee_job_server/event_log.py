@@ -15,7 +15,8 @@ MAX_LOG_BYTES = 16 * 2**20
 """Memory bound of one log. An event that would go past it ends the job instead (`output_too_large`)."""
 
 WRITE_BYTES = 256 * 2**10
-"""How much of a log one reader is given at a time. Only one event that is larger by itself is more."""
+"""Most that a reader is given at once, and that its connection takes at once: a reader that stalls holds
+about two of these besides the kernel's own buffers."""
 
 
 class OutputTooLarge(RbeeError):
@@ -194,7 +195,7 @@ class LogReader:
             self._had = position
 
     def take(self) -> bytes:
-        """Give what is pending, in one piece of at most `WRITE_BYTES`; empty when there is nothing."""
+        """Give what is pending, at most `WRITE_BYTES` or one event; empty when there is nothing."""
         log, had = self._log, self._had
         frames: list[bytes] = []
         room = self._write_bytes

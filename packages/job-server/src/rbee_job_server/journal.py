@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
+
 from rbee_contracts.errors import RbeeError
 from rbee_contracts.events import Usage
 from rbee_contracts.jobs import JobError, JobPage, JobRecord, JobState

@@ -21,8 +21,8 @@ MAX_PAGE = 1000
 
 def output_expired(job_id: str) -> Gone:
     return Gone(
-        f"The output of {job_id} is no longer kept ({LOG_RETENTION_S:g} s after the end, or less where much is "
-        f"said). Its record is at /v1/jobs/{job_id}.",
+        f"The output of {job_id} is no longer kept ({LOG_RETENTION_S:g} s after the end, "
+        f"or less where much is said). Its record is at /v1/jobs/{job_id}.",
         code="output_expired",
         title="Output expired",
     )

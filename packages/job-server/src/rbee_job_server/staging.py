@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from rbee_contracts.events import AnyEvent
 from rbee_contracts.sse import START, Position
-
 from rbee_job_server.journal import Journal
 
 if TYPE_CHECKING:

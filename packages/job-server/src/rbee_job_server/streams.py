@@ -8,6 +8,8 @@ import anyio
 import structlog
 from starlette.types import Receive, Scope, Send
 
+from rbee_job_server.event_log import WRITE_BYTES
+
 log = structlog.get_logger(__name__)
 
 PING_S = 15.0
@@ -15,10 +17,6 @@ PING_FRAME = b": ping\n\n"
 
 READER_STALL_S = 30.0
 """A reader that takes so long for one write is closed. Above `PING_S`, whose task looks after it."""
-
-PIECE_BYTES = 256 * 2**10
-"""Most that is handed to a connection at once, and so about what a stalled reader holds besides the
-kernel's own buffers."""
 
 CONNECTION = "rbee.connection"
 """The ASGI extension of our server: `abort` gives up the connection, `error` is what it was lost by."""
@@ -45,7 +43,7 @@ class FrameSource(Protocol):
 class EventStreamResponse:
     """Stream a source until it is finished or the client has gone; `on_close` is called either way.
 
-    What is pending leaves in one write, in more where it is past `PIECE_BYTES`. A client that has gone is
+    What is pending leaves in one write, in more where it is past `WRITE_BYTES`. A client that has gone is
     noticed by its disconnect, not by a failing write; one that stalls, by a write that takes
     `READER_STALL_S`. Pings are comments, sent when nothing else was for `PING_S`.
     """
@@ -96,12 +94,12 @@ class EventStreamResponse:
     async def _write(self, frames: bytes, send: Send, *, is_last: bool) -> None:
         """Send `frames`; no ping comes in between, as a write that waits counts as one that goes on."""
         clock = asyncio.get_running_loop().time
-        for start in range(0, len(frames), PIECE_BYTES):
-            piece = frames[start : start + PIECE_BYTES]  # the same object where it is all of it
-            is_end = is_last and start + PIECE_BYTES >= len(frames)
+        for start in range(0, len(frames), WRITE_BYTES):
+            piece = frames[start : start + WRITE_BYTES]  # the same object where it is all of it
+            is_end = is_last and start + WRITE_BYTES >= len(frames)
             self._writing_since = clock()
             await send({"type": "http.response.body", "body": piece, "more_body": not is_end})
-            self._writing_since = None if start + PIECE_BYTES >= len(frames) else clock()
+            self._writing_since = None if start + WRITE_BYTES >= len(frames) else clock()
             # `send` returns at once when the client has gone: give the loop a turn, so that the
             # disconnect is seen, and so that what is said in the same turn leaves in one write.
             await asyncio.sleep(0)

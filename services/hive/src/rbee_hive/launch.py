@@ -7,7 +7,6 @@ from typing import Literal, TypeAlias
 from rbee_contracts.access import TOKEN_VARIABLE
 from rbee_contracts.errors import InvalidRequest
 from rbee_contracts.operations import WorkerSpawn
-
 from rbee_hive.config import HiveConfig
 
 WORKER_HOST = "127.0.0.1"

@@ -8,13 +8,14 @@ from typing import NoReturn, TypeVar
 import anyio
 import anyio.to_thread
 import msgspec
+import structlog
+
 from rbee_contracts.jobs import JobPage, JobRecord, JobState
 from rbee_contracts.operations import encode_operation
 from rbee_contracts.sse import Position
 from rbee_job_server import ServiceFailed
 from rbee_job_server.jobs import Job
 from rbee_job_server.journal import Step
-
 from rbee_queen.store import (
     FirstOutput,
     HiveSeen,
@@ -28,9 +29,11 @@ from rbee_queen.store import (
     StoreFailed,
 )
 
+log = structlog.get_logger(__name__)
+
 T = TypeVar("T")
 
-FORGET_EVERY_S = 600.0
+FORGET_EVERY_S = 60.0
 FIRST_FORGET_S = 30.0
 
 
@@ -79,7 +82,11 @@ class StoreJournal:
         while True:
             before = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=self._keep_s)
             forget = partial(self._store.forget, finished_before=_timestamp(before), keep=self._keep_jobs)
-            await self._use(forget)
+            try:
+                while await self._use(forget):
+                    pass
+            except StoreFailed as exc:
+                log.warning("history_not_pruned", reason=str(exc))
             await anyio.sleep(FORGET_EVERY_S)
 
     # --- the Journal of the job server -----------------------------------------------------------------

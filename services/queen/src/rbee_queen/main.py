@@ -18,7 +18,6 @@ from rbee_queen.recovery import restore
 from rbee_queen.store import JobStore
 from rbee_queen.store.sql import SqlStore
 
-
 log = structlog.get_logger(__name__)
 
 

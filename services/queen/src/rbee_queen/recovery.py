@@ -3,6 +3,7 @@
 import datetime
 
 import msgspec
+
 from rbee_contracts.events import Usage
 from rbee_contracts.jobs import JobError
 from rbee_contracts.operations import AnyOperation
@@ -11,7 +12,6 @@ from rbee_job_server import JobServer
 from rbee_job_server.jobs import JobPolicy
 from rbee_job_server.journal import RestoredJob, Said, Step
 from rbee_job_server.registry import LOG_RETENTION_S
-
 from rbee_queen.fleet import Fleet
 from rbee_queen.store import JobStore, StoredJob
 

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 import psycopg
@@ -35,7 +35,9 @@ def postgres() -> Iterator[str]:
         owner = pwd.getpwnam(user)
     except KeyError:
         pytest.skip("PostgreSQL does not run as root, and this machine has no user postgres")
-    switch = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []} if as_root else {}
+    switch: dict[str, Any] = {}
+    if as_root:
+        switch = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
     # Not pytest's folder: another user could not enter it, and a socket's path must be short.
     folder = Path(tempfile.mkdtemp(prefix="rbee-pg-"))
     try:

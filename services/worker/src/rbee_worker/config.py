@@ -67,7 +67,7 @@ def parse(argv: list[str], environ: Mapping[str, str] = _NOTHING) -> WorkerConfi
     parser.add_argument("--worker-id", metavar="ID", help="default: worker-<pid>")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--port", type=int, default=0, help="port to listen on; 0 takes a free one")
+    where.add_argument("--port", type=int, help="port to listen on; 0 takes a free one")
     where.add_argument("--listen-fd", type=int, metavar="FD", help="inherited socket that already listens")
     parser.add_argument("--engine", choices=("vllm", "sim"), default="vllm", help="default: %(default)s")
     parser.add_argument(
@@ -100,7 +100,7 @@ def parse(argv: list[str], environ: Mapping[str, str] = _NOTHING) -> WorkerConfi
         served_model_name=name,
         worker_id=worker_id,
         host=args.host,
-        port=args.port,
+        port=args.port or 0,
         listen_fd=args.listen_fd,
         drain_timeout_s=args.drain_timeout_s,
         log_level=args.log_level,

@@ -59,7 +59,7 @@ def register(app: typer.Typer) -> None:
             hive_port=hive_port,
             hive_id=hive_id,
             token=call.settings.token,
-            token_file=call.token_file,
+            token_file=call.token_file.expanduser().absolute() if call.token_file else None,
             worker_args=worker_arg or [],
             worker_engine=worker_engine,
             verbose=verbose,

@@ -65,7 +65,7 @@ def make_plan(wanted: Wanted, environ: Mapping[str, str], here: Path) -> Plan:
     folder = _state_folder(environ) / f"up-{queen_port}"
     models_dir = _models_dir(wanted, environ, here)
     common = ["--host", wanted.host, "--drain-timeout-s", str(DRAIN_TIMEOUT_S)]
-    common += ["--token-file", str(wanted.token_file.expanduser().absolute())] if wanted.token_file else []
+    common += ["--token-file", str(wanted.token_file)] if wanted.token_file else []
     hive_args = [*common, "--port", str(hive_port), "--queen-url", queen_url, "--state-dir", str(folder)]
     hive_args += ["--hive-id", wanted.hive_id] if wanted.hive_id else []
     hive_args += ["--models-dir", str(models_dir)] if models_dir else []

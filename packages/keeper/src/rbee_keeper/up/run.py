@@ -190,9 +190,9 @@ class _Up:
         body = f'{{"operation":"infer","model":"{name}","prompt":"{PROMPT}","max_tokens":40}}'
         bearer = ""
         if self._wanted.token is not None:
-            source = self._wanted.token_file
-            bearer = '-H "Authorization: Bearer ' + (f"$(cat {source})" if source else "$RBEE_TOKEN") + '" '
-            queen += f" --token-file {source}" if source else ""
+            file = self._wanted.token_file and shlex.quote(str(self._wanted.token_file))
+            bearer = '-H "Authorization: Bearer ' + (f"$(cat {file})" if file else "$RBEE_TOKEN") + '" '
+            queen += f" --token-file {file}" if file else ""
         lines = ["", "Ready." if model else "Ready, without a worker.", ""]
         if model is None:
             lines += ["Load a model:", f"  rbee{queen} worker spawn --model MODEL", ""]

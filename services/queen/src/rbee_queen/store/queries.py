@@ -32,25 +32,24 @@ def hives_by_id(connection: Connection) -> list[StoredHive]:
 
 def stored_jobs(connection: Connection, condition: ColumnElement[bool]) -> list[StoredJob]:
     """Give whole jobs, by seq."""
+    # Not a join: SQLite would go through all events to find those of a few jobs.
+    chosen = select(jobs.c.seq).where(condition)
     said: dict[int, list[StoredEvent]] = {}
-    for row in connection.execute(
-        select(events).join(jobs).where(condition).order_by(events.c.seq, events.c.n)
-    ):
+    query = select(events).where(events.c.seq.in_(chosen)).order_by(events.c.seq, events.c.n)
+    for row in connection.execute(query):
         event = StoredEvent(n=row.n, i=row.i, body=row.body, lower_n=row.lower_n)
         said.setdefault(row.seq, []).append(event)
     taken: dict[int, list[StoredStep]] = {}
-    for row in connection.execute(
-        select(steps).join(jobs).where(condition).order_by(steps.c.seq, steps.c.attempt, steps.c.step)
-    ):
+    in_order = (steps.c.seq, steps.c.attempt, steps.c.step)
+    for row in connection.execute(select(steps).where(steps.c.seq.in_(chosen)).order_by(*in_order)):
         step = StoredStep(
             step=row.step, attempt=row.attempt, hive_id=row.hive_id, lower_job_id=row.lower_job_id
         )
         taken.setdefault(row.seq, []).append(step)
+    # Sorted here: asked for this order, SQLite would go through all jobs.
     found = select(jobs, payloads.c.body.label("payload")).join(payloads, isouter=True).where(condition)
-    return [
-        _stored_job(row, said.get(row.seq, []), taken.get(row.seq, []))
-        for row in connection.execute(found.order_by(jobs.c.seq))
-    ]
+    rows = sorted(connection.execute(found), key=lambda row: row.seq)
+    return [_stored_job(row, said.get(row.seq, []), taken.get(row.seq, [])) for row in rows]
 
 
 def highest_seq(connection: Connection) -> int:

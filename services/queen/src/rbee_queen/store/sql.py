@@ -6,7 +6,7 @@ commits, see `sqlite.py`. With PostgreSQL the server decides; by default a power
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TypeVar
 
 from sqlalchemy import Connection, and_
@@ -102,13 +102,11 @@ class SqlStore:
 
     def close(self) -> None:
         connection, self._connection = self._connection, None
-        try:
-            if connection is not None:
+        if connection is not None:
+            # Everything is committed already: what fails now loses nothing.
+            with suppress(SQLAlchemyError, *self._driver_errors):
                 connection.close()
-        except SQLAlchemyError as exc:
-            raise self._database.explain(exc) from None
-        finally:
-            self._database.close()
+        self._database.close()
 
     def _run(self, work: Callable[[Connection], T]) -> T:
         """Do work in one transaction. A lost connection is made anew, and the work is done again."""

@@ -72,8 +72,8 @@ class SqliteDatabase:
     def wipe(self, connection: Connection) -> None:
         """Empty the write-ahead log, which may still hold erased text; the file itself is zeroed there."""
         driver: Any = connection.connection.driver_connection
-        # The log may be read by a backup just now; then the next call does it.
-        with contextlib.suppress(sqlite3.OperationalError):
+        # The log may be read by a backup just now, or the disk be full; then the next call does it.
+        with contextlib.suppress(sqlite3.Error):
             driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def explain(self, exc: Exception) -> StoreFailed:

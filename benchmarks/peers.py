@@ -1,0 +1,140 @@
+"""What others use in front of such a worker: sglang-router (PyPI, in a virtual environment of its own), nginx."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.measure import with_descendants
+from benchmarks.processes import MODEL, ROOT, CannotMeasure, Process, fetch, free_port, until
+
+REQUIREMENTS = ROOT / "benchmarks/requirements.txt"
+ROUTER_VENV = ROOT / ".tools/benchmarks"
+ROUTER_PYTHON = ROUTER_VENV / "bin/python"
+
+
+class Peer:
+    """A proxy in front of the worker: its port, its processes, its version."""
+
+    def __init__(self, process: Process, port: int, version: str) -> None:
+        self.process = process
+        self.port = port
+        self.version = version
+
+    @property
+    def pids(self) -> list[int]:
+        return with_descendants(self.process.pid)
+
+    def close(self) -> None:
+        self.process.stop()
+
+
+def install_router() -> None:
+    """Install sglang-router from the hash-checked list, unless it is there.
+
+    Raises:
+        CannotMeasure: it cannot be installed.
+    """
+    stamp = ROUTER_VENV / "installed.txt"
+    if stamp.exists() and stamp.read_bytes() == REQUIREMENTS.read_bytes():
+        return
+    shutil.rmtree(ROUTER_VENV, ignore_errors=True)
+    commands: list[list[str | Path]] = [
+        [sys.executable, "-m", "venv", ROUTER_VENV],
+        [ROUTER_PYTHON, "-m", "pip", "install", "--quiet", "--require-hashes", "-r", REQUIREMENTS],
+    ]
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CannotMeasure(f"sglang-router could not be installed: {done.stderr.strip()[-500:]}")
+    shutil.copyfile(REQUIREMENTS, stamp)
+
+
+def start_router(folder: Path, worker_port: int) -> Peer:
+    """Put sglang-router in front of a worker, with the policy that costs it least per token.
+
+    Raises:
+        CannotMeasure: it is not installed, or did not start.
+    """
+    install_router()
+    show = "import importlib.metadata as m; print(m.version('sglang-router'))"
+    version = subprocess.run([ROUTER_PYTHON, "-c", show], capture_output=True, text=True, check=False)
+    port, metrics_port = free_port(), free_port()
+    command = [ROUTER_PYTHON, "-m", "sglang_router.launch_router", "--host", "127.0.0.1"]
+    command += ["--worker-urls", f"http://127.0.0.1:{worker_port}", "--policy", "round_robin"]
+    command += ["--port", str(port), "--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
+    command += ["--max-concurrent-requests", "4096"]
+    process = Process("sglang-router", command, folder / "sglang-router.out")
+    return _when_it_answers(Peer(process, port, version.stdout.strip()))
+
+
+def start_nginx(folder: Path, worker_port: int) -> Peer:
+    """Put nginx in front of a worker: one process, no buffering, connections kept.
+
+    Raises:
+        CannotMeasure: it is not installed, or did not start.
+    """
+    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+    if program is None:
+        raise CannotMeasure("nginx is not installed (Debian: apt-get install nginx-light)")
+    said = subprocess.run([program, "-v"], capture_output=True, text=True, check=False).stderr
+    port = free_port()
+    prefix = folder / "nginx"
+    prefix.mkdir(exist_ok=True)
+    (prefix / "nginx.conf").write_text(
+        NGINX_CONF.format(port=port, worker_port=worker_port, root="user root;" if os.geteuid() == 0 else "")
+    )
+    command = [program, "-p", prefix, "-c", "nginx.conf", "-e", "error.log"]
+    return _when_it_answers(
+        Peer(Process("nginx", command, folder / "nginx.out"), port, said.split("/")[-1].strip())
+    )
+
+
+NGINX_CONF = """\
+{root}
+daemon off;
+pid nginx.pid;
+worker_processes 1;
+worker_rlimit_nofile 8192;
+events {{ worker_connections 4096; }}
+http {{
+    access_log off;
+    client_body_temp_path body;
+    proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi;
+    scgi_temp_path scgi;
+    upstream worker {{ server 127.0.0.1:{worker_port}; keepalive 64; }}
+    server {{
+        listen 127.0.0.1:{port} backlog=4096;
+        location / {{
+            proxy_pass http://worker;
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+            proxy_buffering off;
+            proxy_read_timeout 300s;
+        }}
+    }}
+}}
+"""
+
+
+def _when_it_answers(peer: Peer) -> Peer:
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    body = json.dumps(chat).encode()
+
+    def answers() -> bool:
+        peer.process.fail_if_gone()
+        try:
+            return b"chat.completion" in fetch(f"http://127.0.0.1:{peer.port}/v1/chat/completions", body)
+        except OSError:
+            return False
+
+    try:
+        until(answers, f"{peer.process.name} answers")
+    except BaseException:
+        peer.close()
+        raise
+    return peer

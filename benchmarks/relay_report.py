@@ -1,0 +1,197 @@
+"""What bench-relay found, in tables: medians over the rounds, differences taken within a round."""
+
+import html
+from collections.abc import Callable, Iterable
+from statistics import median
+
+from msgspec import Struct
+
+from benchmarks.load import LoadResult
+from benchmarks.measure import Machine, percentile
+from benchmarks.report import IMAGES, provenance, publish, save, stacked_bars, table
+
+DIRECT = "direct"
+CASCADE = "queen and hive"
+PEER = "sglang-router"
+COMPARED_AT = 256
+
+
+class Shape(Struct, frozen=True, kw_only=True):
+    """A load: so many streams of so many tokens a second, `tokens` in each."""
+
+    streams: int
+    rate: int
+    tokens: int
+    probes: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.streams:,} {'stream' if self.streams == 1 else 'streams'} of {self.rate} tok/s"
+
+
+class Cell(Struct, frozen=True, kw_only=True):
+    """One load on one way in one round."""
+
+    shape: Shape
+    way: str
+    round: int
+    date: str
+    load_average: list[float]
+    result: LoadResult
+
+    def ttft_ms(self, share: float) -> float:
+        return percentile(self.result.ttft_ms, share)
+
+    def cpu_us(self, service: str) -> float:
+        """CPU time per token of the whole load, its requests' beginnings and ends included."""
+        return self.result.services[service].cpu_s / max(1, self.result.tokens) * 1e6
+
+    def steady_cpu_us(self, service: str) -> float:
+        """CPU time per token while all streams ran; of the whole load where they never did together."""
+        if not self.result.steady_tokens:
+            return self.cpu_us(service)
+        return self.result.services[service].steady_cpu_s / self.result.steady_tokens * 1e6
+
+    def request_ms(self, service: str) -> float:
+        """CPU time per request: what its tokens do not explain."""
+        whole = self.result.services[service].cpu_s
+        of_tokens = self.steady_cpu_us(service) * self.result.tokens / 1e6
+        return max(0.0, whole - of_tokens) / self.shape.streams * 1e3
+
+
+class RelayResults(Struct, frozen=True, kw_only=True):
+    machine: Machine
+    rounds: int
+    absent: dict[str, str]
+    cells: list[Cell]
+
+    def shapes(self) -> list[Shape]:
+        return list(dict.fromkeys(cell.shape for cell in self.cells))
+
+    def ways(self) -> list[str]:
+        return list(dict.fromkeys(cell.way for cell in self.cells))
+
+    def of(self, shape: Shape, way: str) -> list[Cell]:
+        return [cell for cell in self.cells if cell.shape == shape and cell.way == way]
+
+    def compared(
+        self, shape: Shape, way: str, other: str, figure: Callable[[Cell, Cell], float]
+    ) -> float | None:
+        """Give the median over the rounds of a figure of two ways in one round; None where one is missing."""
+        pairs = zip(self.of(shape, way), self.of(shape, other), strict=True)
+        values = [figure(cell, against) for cell, against in pairs] if self.of(shape, other) else []
+        return median(values) if values else None
+
+
+def publish_results(results: RelayResults, *, keep: bool, dry: bool) -> None:
+    """Print the tables; unless `dry`, write them, the JSON and the plot."""
+    markdown = to_markdown(results)
+    if dry:
+        print(markdown)
+        return
+    save("relay", results, keep=keep)
+    shape = next((s for s in results.shapes() if s.streams == COMPARED_AT), results.shapes()[-1])
+    IMAGES.mkdir(exist_ok=True)
+    (IMAGES / "bench-relay.svg").write_text(plot(results, shape))
+    publish("relay", markdown)
+
+
+def to_markdown(results: RelayResults) -> str:
+    parts = [provenance(results.machine), f"Medians of {results.rounds} rounds.\n"]
+    parts += [f"Not measured: {name}: {why}\n" for name, why in results.absent.items()]
+    parts.append(_targets(results))
+    for shape in results.shapes():
+        parts += [f"### {shape.name}\n", _streams(results, shape), _services(results, shape)]
+    return "\n".join(parts)
+
+
+def plot(results: RelayResults, shape: Shape) -> str:
+    """Draw the CPU time per token of each way, by process."""
+    bars = []
+    for way in results.ways():
+        cells = results.of(shape, way)
+        services = cells[0].result.services
+        bars.append((html.escape(way), {name: _median(c.cpu_us(name) for c in cells) for name in services}))
+    return stacked_bars(f"CPU time per token, {shape.name}", "µs", bars)
+
+
+def _targets(results: RelayResults) -> str:
+    rows: list[tuple[str, str, str, str]] = []
+
+    def add(what: str, target: float, unit: str, value: float | None) -> None:
+        if value is not None:
+            rows.append(
+                (what, f"{target:g}{unit}", f"{value:.2f}{unit}", "yes" if value <= target else "**no**")
+            )
+
+    for shape in results.shapes():
+        if shape.streams == COMPARED_AT:
+            for name, most in (("queen", 1.0), ("hive", 0.3)):
+                for what, figure in (
+                    ("CPU per token", Cell.cpu_us),
+                    ("the same, steady", Cell.steady_cpu_us),
+                ):
+                    ratio = results.compared(
+                        shape, CASCADE, PEER, lambda a, b, f=figure, n=name: f(a, n) / f(b, PEER)
+                    )
+                    add(f"{name}'s {what}, of {PEER}'s, {shape.name}", most, " x", ratio)
+        elif shape.streams == 1:
+            added = results.compared(shape, CASCADE, DIRECT, lambda a, b: a.ttft_ms(0.5) - b.ttft_ms(0.5))
+            add(f"TTFT that queen and hive add, p50, {shape.name}", 10, " ms", added)
+    lost = sum(cell.result.lost + cell.result.doubled for cell in results.cells)
+    add("tokens lost or doubled, of all ways", 0, "", lost)
+    return table(("target", "at most", "measured", "met"), rows)
+
+
+def _streams(results: RelayResults, shape: Shape) -> str:
+    rows = []
+    for way in results.ways():
+        cells = results.of(shape, way)
+
+        def added(figure: Callable[[Cell], float], way: str = way) -> str:
+            value = results.compared(shape, way, DIRECT, lambda a, b: figure(a) - figure(b))
+            return "" if way == DIRECT or value is None else f"{value:+.1f}"
+
+        rows.append(
+            (
+                way,
+                f"{_median(c.result.tokens_per_s for c in cells):,.0f}",
+                sum(c.result.lost + c.result.doubled for c in cells),
+                _pair(_median(c.ttft_ms(0.5) for c in cells), _median(c.ttft_ms(0.99) for c in cells)),
+                f"{added(lambda c: c.ttft_ms(0.5))} / {added(lambda c: c.ttft_ms(0.99))}".strip(" /"),
+                _pair(
+                    _median(c.result.itl_p50_ms for c in cells), _median(c.result.itl_p99_ms for c in cells)
+                ),
+                f"{added(lambda c: c.result.itl_p50_ms)} / {added(lambda c: c.result.itl_p99_ms)}".strip(
+                    " /"
+                ),
+            )
+        )
+    heads = ("way", "tok/s", "lost", "TTFT p50 / p99 ms", "added", "between tokens p50 / p99 ms", "added")
+    return table(heads, rows)
+
+
+def _services(results: RelayResults, shape: Shape) -> str:
+    rows = []
+    for way in results.ways():
+        cells = results.of(shape, way)
+        for name in cells[0].result.services:
+            rss = _median(c.result.services[name].rss_bytes for c in cells) / 2**20
+            rows.append(
+                (
+                    f"{way}: {name}",
+                    f"{_median(c.cpu_us(name) for c in cells):.1f}",
+                    f"{_median(c.steady_cpu_us(name) for c in cells):.1f}",
+                    f"{_median(c.request_ms(name) for c in cells):.2f}",
+                    f"{rss:.0f}",
+                )
+            )
+    return table(("process", "CPU µs per token", "steady", "CPU ms per request", "RSS MiB"), rows)
+
+
+def _median(values: Iterable[float]) -> float:
+    return median(values)
+
+
+def _pair(first: float, second: float) -> str:
+    return f"{first:.1f} / {second:.1f}"

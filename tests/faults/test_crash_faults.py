@@ -1,0 +1,213 @@
+"""F07: a background loop that crashes ends its service within a second, and nothing is left of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from rbee_processes import MARKER, marked_processes, read_log, until
+
+# The service itself, but for one of its loops, which raises once a file is there.
+_CRASHING = """
+import importlib, os, sys, anyio
+_, flag, module, name, program, *argv = sys.argv
+owner = importlib.import_module(module)
+*path, last = name.split(".")
+for part in path:
+    owner = getattr(owner, part)
+original = getattr(owner, last)
+
+async def crashing(*args, **kwargs):
+    async def crash():
+        while not os.path.exists(flag):
+            await anyio.sleep(0.01)
+        raise RuntimeError("THE-CAUSE")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(crash)
+        await original(*args, **kwargs)
+
+setattr(owner, last, crashing)
+sys.argv = [program, *argv]
+importlib.import_module(program + ".__main__").main()
+"""
+
+HIVE = ["--port", "0", "--hive-id", "box1", "--queen-url", "none", "--worker-engine", "sim"]
+WORKER = ["--port", "0", "--model", "m", "--engine", "sim"]
+
+LOOPS = [
+    ("rbee_queen", "rbee_queen.fleet", "Fleet.run", ["--port", "0"]),
+    ("rbee_queen", "rbee_job_server.server", "JobServer.run", ["--port", "0"]),
+    ("rbee_hive", "rbee_hive.presence", "Presence.beat", HIVE),
+    ("rbee_hive", "rbee_hive.presence", "Presence.announce", HIVE),
+    ("rbee_hive", "rbee_hive.workers", "Workers.run", HIVE),
+    ("rbee_hive", "rbee_job_server.server", "JobServer.run", HIVE),
+    ("rbee_worker", "rbee_worker.state", "WorkerState.run_engine", WORKER),
+    ("rbee_worker", "rbee_job_server.server", "JobServer.run", WORKER),
+]
+
+
+class Crashing:
+    """A service one of whose loops crashes on `crash`."""
+
+    def __init__(self, folder: Path, program: str, module: str, loop: str, args: list[str]) -> None:
+        self.flag = folder / "crash"
+        self.log = folder / "service.log"
+        self.marker = f"{folder}-{time.monotonic_ns()}"
+        environ = {name: value for name, value in os.environ.items() if name != "RBEE_TOKEN"}
+        state = [] if program == "rbee_worker" else ["--state-dir", str(folder)]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _CRASHING, self.flag, module, loop, program, *args, *state],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environ | {MARKER: self.marker},
+                start_new_session=True,
+            )
+        listening = until(lambda: self.logged("listening"), f"it listens; its log: {self.log}")
+        self.url = f"http://127.0.0.1:{listening[0]['port']}"
+
+    def logged(self, event: str) -> list[dict[str, object]]:
+        return [line for line in read_log(self.log) if line.get("event") == event]
+
+    def crash(self) -> float:
+        """Have the loop crash; give the seconds from the crash to the end of the process."""
+        self.flag.touch()
+        until(lambda: self.process.poll() is not None or self.logged("loop_crashed"), "it crashed", 5)
+        begun = time.monotonic()
+        self.process.wait(20)
+        return time.monotonic() - begun
+
+    def close(self) -> None:
+        for process in marked_processes(self.marker):
+            process.kill()
+        self.process.wait(10)
+
+
+@pytest.fixture
+def crashing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Crashing]:
+    program, module, loop, args = request.param
+    made = Crashing(tmp_path, program, module, loop, args)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("crashing", LOOPS, indirect=True, ids=[f"{p} {loop}" for p, _, loop, _ in LOOPS])
+def test_a_crashed_loop_ends_the_service_within_a_second(crashing: Crashing) -> None:
+    followed = threading.Event()
+
+    def follow() -> None:
+        try:
+            with httpx.stream("GET", f"{crashing.url}/v1/events", timeout=30) as answer:
+                for _ in answer.iter_raw():
+                    followed.set()
+        except httpx.HTTPError:
+            pass
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    assert followed.wait(10)
+    took_s = crashing.crash()
+    follower.join(10)
+
+    assert crashing.process.returncode == 1
+    assert took_s < 1
+    assert "THE-CAUSE" in json.dumps(crashing.logged("loop_crashed"))
+    assert not follower.is_alive()
+
+
+@pytest.mark.parametrize("crashing", [LOOPS[4]], indirect=True)
+def test_a_hive_whose_loop_crashes_leaves_no_worker(crashing: Crashing) -> None:
+    """Its workers cannot be stopped in order by what has crashed; they end all the same."""
+    spawn = {"operation": "worker_spawn", "model": "m"}
+    job_id = httpx.post(f"{crashing.url}/v1/jobs", json=spawn).json()["job_id"]
+    text = httpx.get(f"{crashing.url}/v1/jobs/{job_id}/stream", timeout=30).text
+    assert "execute_complete" in text
+    workers = [p for p in marked_processes(crashing.marker) if "rbee_worker" in p.cmdline()]
+    assert len(workers) == 1
+    took_s = crashing.crash()
+
+    assert (crashing.process.returncode, took_s < 1) == (1, True)
+    _, alive = psutil.wait_procs(workers, timeout=1)
+    assert alive == []
+
+
+_HANGING = """
+import anyio, sys
+from rbee_job_server import JobServer, ServeConfig, bind, build_app, configure_logging, serve
+from rbee_contracts.operations import Status
+
+async def main():
+    configure_logging(service="worker/w1")
+    server = JobServer(service="worker", actor="worker/w1", handlers={})
+    crash = anyio.Event()
+
+    async def loop():
+        await crash.wait()
+        raise RuntimeError("THE-CAUSE")
+
+    async def hang():
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep_forever()
+
+    async def begin():
+        if sys.argv[1] == "crash":
+            crash.set()
+
+    def on_crash():
+        print("CLEANED", flush=True)
+        raise ValueError("clean-up fails too")
+
+    app = build_app(server, name="worker", service_id="w1", version="0")
+    config = ServeConfig(host="127.0.0.1", port=0, drain_timeout_s=0)
+    return await serve(
+        app,
+        server,
+        bind("127.0.0.1", 0),
+        config,
+        loops=[loop],
+        on_listening=begin,
+        on_stop=hang,
+        on_crash=on_crash,
+    )
+
+raise SystemExit(anyio.run(main))
+"""
+
+
+def test_a_clean_up_that_hangs_cannot_hold_a_crashed_service() -> None:
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", _HANGING, "crash"], capture_output=True, text=True, timeout=20, check=False
+    )
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+
+    assert done.returncode == 1
+    assert done.stdout == "CLEANED\n"
+    errors = [line["event"] for line in lines if line["level"] == "error"]
+    assert errors == ["loop_crashed", "clean_up_failed"]
+    assert time.monotonic() - begun < 10
+
+
+def test_an_orderly_stop_waits_for_its_clean_up() -> None:
+    """The watchdog is for crashes only."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _HANGING, "stop"], stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if '"listening"' in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(2)
+    process.kill()
+    process.communicate()
