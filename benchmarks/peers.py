@@ -113,6 +113,7 @@ http {{
             proxy_pass http://worker;
             proxy_http_version 1.1;
             proxy_set_header Connection "";
+            proxy_set_header Host $host;
             proxy_buffering off;
             proxy_read_timeout 300s;
         }}

@@ -93,7 +93,7 @@ class Cluster:
             self.close()
             raise
         queen, hive = self._processes
-        self.ports = {"queen": queen_port, "worker": int(worker["port"])}
+        self.port = queen_port
         self.pids = {"queen": [queen.pid], "hive": [hive.pid], "worker": [int(worker["pid"])]}
 
     def _start(self, folder: Path, program: str, *args: str | Path) -> int:
@@ -119,6 +119,22 @@ class Cluster:
     def close(self) -> None:
         for process in reversed(self._processes):
             process.stop()
+
+
+class LoneWorker(Process):
+    """A sim worker without a hive, and so without a token, which only its hive would know."""
+
+    def __init__(self, folder: Path, worker_args: Sequence[str]) -> None:
+        command = [BIN / "rbee-worker", "--engine", "sim", "--model", MODEL, "--port", "0", *worker_args]
+        super().__init__("rbee-worker", command, folder / "rbee-worker.log")
+        self.port = until(self.listening_port, "the worker listens")
+        until(self._is_ready, "the worker is ready")
+
+    def _is_ready(self) -> bool:
+        try:
+            return bool(fetch(f"http://127.0.0.1:{self.port}/ready"))
+        except OSError:
+            return False
 
 
 @contextmanager

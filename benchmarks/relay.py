@@ -22,7 +22,7 @@ from msgspec import Struct
 from benchmarks import peers, processes
 from benchmarks.load import Load, LoadResult
 from benchmarks.measure import machine
-from benchmarks.relay_report import DIRECT, Cell, RelayResults, Shape, publish_results
+from benchmarks.relay_report import CASCADE, DIRECT, Cell, RelayResults, Shape, publish_results
 
 ROUNDS = 3
 SETTLE_S = 0.3
@@ -67,23 +67,22 @@ def ways(bench: Bench, folder: Path, step_ms: float) -> Iterator[list[Way]]:
     with ExitStack() as stack:
         engine = [*ENGINE, f"--sim-step-ms={step_ms:g}"]
         cluster = stack.enter_context(processes.cluster(folder, engine))
-        port, worker = cluster.ports["worker"], {"worker": cluster.pids["worker"]}
-        found = [Way(name=DIRECT, port=port, protocol="openai", services=worker)]
+        worker = processes.LoneWorker(folder, engine)
+        stack.callback(worker.stop)
+        own = {"worker": [worker.pid]}
+        found = [Way(name=DIRECT, port=worker.port, protocol="openai", services=own)]
         for name, start in (("sglang-router", peers.start_router), ("nginx", peers.start_nginx)):
             try:
-                peer = start(folder, port)
+                peer = start(folder, worker.port)
             except processes.CannotMeasure as exc:
                 bench.absent[name] = str(exc)
                 continue
             stack.callback(peer.close)
             bench.versions[name] = peer.version
-            found.append(
-                Way(name=name, port=peer.port, protocol="openai", services={name: peer.pids, **worker})
-            )
-        found.append(Way(name="worker's jobs", port=port, protocol="jobs", services=cluster.pids))
-        found.append(
-            Way(name="queen and hive", port=cluster.ports["queen"], protocol="jobs", services=cluster.pids)
-        )
+            services = {name: peer.pids, **own}
+            found.append(Way(name=name, port=peer.port, protocol="openai", services=services))
+        found.append(Way(name="worker's jobs", port=worker.port, protocol="jobs", services=own))
+        found.append(Way(name=CASCADE, port=cluster.port, protocol="jobs", services=cluster.pids))
         yield found
 
 
@@ -105,7 +104,10 @@ def run_load(way: Way, shape: Shape) -> LoadResult:
         cwd=processes.ROOT,
         check=True,
     )
-    return msgspec.json.decode(done.stdout, type=LoadResult)
+    result = msgspec.json.decode(done.stdout, type=LoadResult)
+    if len(result.failed) == shape.streams:
+        raise processes.CannotMeasure(f"all streams failed, {way.name}: {result.failed[0]}")
+    return result
 
 
 def measure(bench: Bench, folder: Path, shapes: Sequence[Shape], rounds: int) -> None:

@@ -28,11 +28,13 @@ from rbee_inprocess import (
 from rbee_contracts.errors import NotFound, RbeeError, Unavailable, WorkerLost
 from rbee_contracts.events import (
     AnyEvent,
+    DownloadProgress,
     Error,
     Execute,
     ExecuteComplete,
     ExecuteError,
     Gap,
+    ModelDownloadProgress,
     Narration,
     Token,
     decode_event,
@@ -509,6 +511,40 @@ def test_any_loss_and_doubling_on_the_firehose_is_mended(
         else:
             assert actions(frames)[-3:] == ["error", "execute_error", "[DONE]"]
             assert frames[-3].json["code"] == "bad"
+
+    run_counted(walk)
+
+
+def test_progress_that_was_replaced_below_is_not_taken_for_a_loss() -> None:
+    async def walk() -> None:
+        below = MadeUpService()
+
+        def progress(done: int) -> AnyEvent:
+            data = DownloadProgress(model="m", bytes_done=done, bytes_total=None, rate=1.0, eta_s=None)
+            return below.say(ModelDownloadProgress, message=f"{done}", formatted="", data=data)
+
+        async with relaying(below) as (job, relay):
+            await below.send.send([below.say(Execute, message="go", formatted=""), progress(1)])
+            for done in (2, 3, 4):
+                progress(done)  # lost on the firehose
+            del below.log[1:4]  # replaced below
+            await below.send.send([GAP])
+            await eventually(lambda: below.read_from, "the lower job's own stream is read")
+            await below.send.send([progress(5), below.say(Narration, action="said", message="a")])
+            await below.send.send([below.say(ExecuteComplete, message="end", formatted="", data="result")])
+            await ended(job)
+            frames = read(job)
+            assert relay.steps == 0
+
+        # The upper log has replaced what came before 5 in its turn; their numbers stay theirs.
+        assert [(frame.id, frame.action) for frame in frames] == [
+            ("1-0", "execute"),
+            ("4-0", "model_download_progress"),
+            ("5-0", "said"),
+            ("6-0", "execute_complete"),
+            ("", "[DONE]"),
+        ]
+        assert below.read_from == [Position(2, 0)]
 
     run_counted(walk)
 

@@ -4,8 +4,8 @@ import signal
 import sys
 from pathlib import Path
 
-import anyio
 import psutil
+from rbee_inprocess import eventually
 
 from rbee_hive.process import WorkerProcess
 
@@ -29,16 +29,14 @@ async def start(script: str, tmp_path: Path) -> WorkerProcess:
 
 
 async def child_of(process: WorkerProcess) -> psutil.Process:
-    with anyio.fail_after(20):
-        while not process.tail():
-            await anyio.sleep(0.01)
+    await eventually(process.tail, "it speaks")
     return psutil.Process(int(process.tail()[0].split()[1]))
 
 
 async def gone(process: psutil.Process) -> None:
-    with anyio.fail_after(10):
-        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            await anyio.sleep(0.01)
+    await eventually(
+        lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, "it is gone"
+    )
 
 
 async def test_a_process_that_ignores_sigterm_is_killed_with_its_group_after_the_grace(
@@ -60,7 +58,8 @@ async def test_what_a_process_leaves_behind_is_ended(tmp_path: Path) -> None:
 
 
 async def test_the_tail_is_the_last_lines_and_survives_odd_bytes(tmp_path: Path) -> None:
-    script = "import sys; [print('line', i) for i in range(5000)]; sys.stdout.flush(); sys.stdout.buffer.write(b'\\xff end\\n')"
+    script = "import sys; [print('line', i) for i in range(5000)]; sys.stdout.flush();"
+    script += "sys.stdout.buffer.write(b'\\xff end\\n')"
     process = await start(script, tmp_path)
     await process.wait()
 

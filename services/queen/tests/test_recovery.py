@@ -1,4 +1,4 @@
-"""A queen that is killed at any moment, any number of times, loses and doubles nothing (design §6.1 to 6.4)."""
+"""A queen that is killed at any moment, however often, loses and doubles nothing (design §6.1 to 6.4)."""
 
 import asyncio
 import contextlib

@@ -208,7 +208,9 @@ class JobClient:
                         f"{self.base_url} ended the stream of {job_id} without a terminal event."
                     )
                 return
-            except (StreamCut, Unreachable) as exc:
+            except (StreamCut, Unreachable, Rejected) as exc:
+                if not exc.retryable:
+                    raise
                 now = asyncio.get_running_loop().time()
                 give_up_at = give_up_at or now + self._timeouts.resume
                 delay = next(delays)

@@ -15,7 +15,7 @@ import structlog
 from anyio.abc import TaskGroup
 from msgspec import Struct
 
-from rbee_contracts.errors import NotFound, NotImplementedHere, RbeeError, Unavailable
+from rbee_contracts.errors import DeadlineExceeded, NotFound, NotImplementedHere, RbeeError, Unavailable
 from rbee_contracts.events import AnyEvent
 from rbee_contracts.ids import hop_job_id, is_step_key, new_job_id
 from rbee_contracts.jobs import JobPage, JobRecord, JobState
@@ -190,6 +190,8 @@ class JobServer:
                 f"{operation.name} is known, but the {self.service} of this version cannot execute it."
             )
         if key is not None and (known := self.registry.find_submitted(key, operation)) is not None:
+            if submission.respond_async and known.state == "pending" and self._tasks is not None:
+                self._start(known)
             return known
         if self.stopping:
             raise Unavailable("The service is stopping; submit again in a moment.", code="shutting_down")
@@ -361,6 +363,9 @@ class JobServer:
             exc = exc.exceptions[0]
         # What is wrong with an inference may quote the prompt.
         is_private = isinstance(job.operation, Infer | OpenAI)
+        if isinstance(exc, DeadlineExceeded) and job.policy.timeout_s is not None:
+            job.time_out()
+            return
         if isinstance(exc, RbeeError):
             log.warning("job_failed", code=exc.code, details=None if is_private else exc.details)
             try:
