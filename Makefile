@@ -8,10 +8,10 @@ export ENGINE
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test lint format docs lock clean
+.PHONY: help setup demo run test lint format docs bench-jobs bench-relay lock clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## Make .venv with everything in it (ENGINE=cuda|cpu|none, PYTHON=python3)
 	@$(PYTHON) scripts/setup.py
@@ -36,6 +36,12 @@ format: setup  ## Rewrite the code in the one style
 
 docs: setup  ## Build the documentation into site/, with every warning an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench-jobs: setup  ## Measure what a job costs, and write it into docs/benchmarks.md (two minutes)
+	@$(BIN)/python -m benchmarks.jobs $(ARGS)
+
+bench-relay: setup  ## Measure what a hop costs, beside sglang-router and nginx (six minutes)
+	@$(BIN)/python -m benchmarks.relay $(ARGS)
 
 lock:  ## Resolve the lists in requirements/ anew
 	@PYTHONDONTWRITEBYTECODE=1 $(PYTHON) scripts/lock.py

@@ -5,9 +5,10 @@ import asyncio
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 import uvloop
@@ -24,11 +25,14 @@ FINISHED = 10_000
 LIVE = 1_000
 SETTLE_S = 2.0
 
-FAST = "--sim-step-ms=1 --sim-step-ms-per-seq=0 --sim-prefill-tokens-per-s=1e9 --sim-max-num-seqs=2048".split()
-SLOW = "--sim-step-ms=3600000 --sim-max-num-seqs=2048 --sim-kv-blocks=1000000".split()
+Operation: TypeAlias = Mapping[str, object]
 
-STATUS = {"operation": "status"}
-INFER = {
+SEATS = ["--sim-max-num-seqs=2048", "--sim-kv-blocks=1000000"]
+FAST = [*SEATS, "--sim-step-ms=1", "--sim-step-ms-per-seq=0", "--sim-prefill-tokens-per-s=1e9"]
+SLOW = [*SEATS, "--sim-step-ms=3600000"]
+
+STATUS: Operation = {"operation": "status"}
+INFER: Operation = {
     "operation": "infer",
     "model": processes.MODEL,
     "prompt": "hello " * 20,
@@ -51,19 +55,19 @@ class Queen:
     def cpu_s(self) -> float:
         return usage(self._pids).cpu_s
 
-    async def submit(self, connection: Connection, operation: dict[str, object]) -> str:
+    async def submit(self, connection: Connection, operation: Operation) -> str:
         """Submit; give the path of the job's stream."""
         answer = await connection.request("POST", "/v1/jobs", msgspec.json.encode(operation))
         return str(msgspec.json.decode(answer)["sse_url"])
 
-    async def run(self, connection: Connection, operation: dict[str, object]) -> None:
+    async def run(self, connection: Connection, operation: Operation) -> None:
         """Submit, and read the stream to its end."""
         stream = await connection.request("GET", await self.submit(connection, operation))
         if b'"action":"execute_complete"' not in stream:
             raise processes.CannotMeasure(f"a job did not complete: {stream[-500:]!r}")
 
 
-async def latency(queen: Queen, operation: dict[str, object]) -> Latency:
+async def latency(queen: Queen, operation: Operation) -> Latency:
     """Run jobs one after the other, each stream on a new connection as a client opens it."""
     submit, connect, first = [], [], []
     async with Connection(queen.port) as callers:
@@ -111,7 +115,7 @@ async def memory(queen: Queen, name: str, count: int, fill: Callable[[int], Awai
     return Memory(name=name, jobs=count, bytes_per_job=(queen.rss_bytes() - before) / count)
 
 
-async def finish_jobs(queen: Queen, operation: dict[str, object], count: int) -> None:
+async def finish_jobs(queen: Queen, operation: Operation, count: int) -> None:
     """Run jobs to their end, several at a time."""
     left = iter(range(count))
 
@@ -177,9 +181,11 @@ async def measure_live(cluster: processes.Cluster) -> list[Memory]:
 @contextmanager
 def cluster(name: str, engine: list[str]) -> Iterator[processes.Cluster]:
     print(f"bench-jobs: {name}", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(prefix="rbee-bench-") as folder:
-        with processes.cluster(Path(folder), engine) as running:
-            yield running
+    with (
+        tempfile.TemporaryDirectory(prefix="rbee-bench-") as folder,
+        processes.cluster(Path(folder), engine) as running,
+    ):
+        yield running
 
 
 def main() -> int:

@@ -7,7 +7,10 @@ from benchmarks.report import provenance, publish, save, table
 
 
 class Latency(Struct, frozen=True, kw_only=True):
-    """Milliseconds, sorted. `connect`: a new connection, to the answer's head; `first_event`: from submitting."""
+    """Milliseconds, sorted.
+
+    `connect`: from opening a connection to the head of the answer; `first_event`: from the submit on.
+    """
 
     operation: str
     submit_ms: list[float]

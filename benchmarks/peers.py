@@ -1,4 +1,4 @@
-"""What others use in front of such a worker: sglang-router (PyPI, in a virtual environment of its own), nginx."""
+"""What others put in front of such a worker: sglang-router, in an environment of its own, and nginx."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def start_router(folder: Path, worker_port: int) -> Peer:
     show = "import importlib.metadata as m; print(m.version('sglang-router'))"
     version = subprocess.run([ROUTER_PYTHON, "-c", show], capture_output=True, text=True, check=False)
     port, metrics_port = free_port(), free_port()
-    command = [ROUTER_PYTHON, "-m", "sglang_router.launch_router", "--host", "127.0.0.1"]
+    command: list[str | Path] = [ROUTER_PYTHON, "-m", "sglang_router.launch_router", "--host", "127.0.0.1"]
     command += ["--worker-urls", f"http://127.0.0.1:{worker_port}", "--policy", "round_robin"]
     command += ["--port", str(port), "--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
     command += ["--max-concurrent-requests", "4096"]
@@ -86,7 +86,7 @@ def start_nginx(folder: Path, worker_port: int) -> Peer:
     (prefix / "nginx.conf").write_text(
         NGINX_CONF.format(port=port, worker_port=worker_port, root="user root;" if os.geteuid() == 0 else "")
     )
-    command = [program, "-p", prefix, "-c", "nginx.conf", "-e", "error.log"]
+    command: list[str | Path] = [program, "-p", prefix, "-c", "nginx.conf", "-e", "error.log"]
     return _when_it_answers(
         Peer(Process("nginx", command, folder / "nginx.out"), port, said.split("/")[-1].strip())
     )

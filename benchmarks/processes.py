@@ -125,7 +125,16 @@ class LoneWorker(Process):
     """A sim worker without a hive, and so without a token, which only its hive would know."""
 
     def __init__(self, folder: Path, worker_args: Sequence[str]) -> None:
-        command = [BIN / "rbee-worker", "--engine", "sim", "--model", MODEL, "--port", "0", *worker_args]
+        command: list[str | Path] = [
+            BIN / "rbee-worker",
+            "--engine",
+            "sim",
+            "--model",
+            MODEL,
+            "--port",
+            "0",
+            *worker_args,
+        ]
         super().__init__("rbee-worker", command, folder / "rbee-worker.log")
         self.port = until(self.listening_port, "the worker listens")
         until(self._is_ready, "the worker is ready")

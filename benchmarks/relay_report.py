@@ -82,6 +82,12 @@ class RelayResults(Struct, frozen=True, kw_only=True):
         values = [figure(cell, against) for cell, against in pairs] if self.of(shape, other) else []
         return median(values) if values else None
 
+    def ratio(self, shape: Shape, service: str, figure: Callable[[Cell, str], float]) -> float | None:
+        """Give a service's figure as a share of the peer's."""
+        return self.compared(
+            shape, CASCADE, PEER, lambda ours, its: figure(ours, service) / figure(its, PEER)
+        )
+
 
 def publish_results(results: RelayResults, *, keep: bool, dry: bool) -> None:
     """Print the tables; unless `dry`, write them, the JSON and the plot."""
@@ -127,14 +133,9 @@ def _targets(results: RelayResults) -> str:
     for shape in results.shapes():
         if shape.streams == COMPARED_AT:
             for name, most in (("queen", 1.0), ("hive", 0.3)):
-                for what, figure in (
-                    ("CPU per token", Cell.cpu_us),
-                    ("the same, steady", Cell.steady_cpu_us),
-                ):
-                    ratio = results.compared(
-                        shape, CASCADE, PEER, lambda a, b, f=figure, n=name: f(a, n) / f(b, PEER)
-                    )
-                    add(f"{name}'s {what}, of {PEER}'s, {shape.name}", most, " x", ratio)
+                for what, figure in (("CPU", Cell.cpu_us), ("steady CPU", Cell.steady_cpu_us)):
+                    ratio = results.ratio(shape, name, figure)
+                    add(f"{name}'s {what} per token, of {PEER}'s, {shape.name}", most, " x", ratio)
         elif shape.streams == 1:
             added = results.compared(shape, CASCADE, DIRECT, lambda a, b: a.ttft_ms(0.5) - b.ttft_ms(0.5))
             add(f"TTFT that queen and hive add, p50, {shape.name}", 10, " ms", added)
@@ -149,7 +150,10 @@ def _streams(results: RelayResults, shape: Shape) -> str:
         cells = results.of(shape, way)
 
         def added(figure: Callable[[Cell], float], way: str = way) -> str:
-            value = results.compared(shape, way, DIRECT, lambda a, b: figure(a) - figure(b))
+            def difference(cell: Cell, direct: Cell) -> float:
+                return figure(cell) - figure(direct)
+
+            value = results.compared(shape, way, DIRECT, difference)
             return "" if way == DIRECT or value is None else f"{value:+.1f}"
 
         rows.append(

@@ -1,4 +1,4 @@
-"""Where figures go: JSON in `results/`, Markdown on the terminal and in `docs/benchmarks.md`, SVG beside it."""
+"""Where figures go: JSON in `results/`, Markdown on the terminal and in `docs/benchmarks.md`, and SVG."""
 
 import re
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ def provenance(machine: Machine) -> str:
     load = ", ".join(f"{value:g}" for value in machine.load_average)
     return (
         f"{machine.date[:10]}, commit `{machine.commit}`; {machine.cores} cores ({machine.cpu}), "
-        f"{machine.memory_gib:g} GiB, Linux {machine.kernel}, load average before the run {load}; {versions}.\n"
+        f"{machine.memory_gib:g} GiB, Linux {machine.kernel}, load average before it {load}; {versions}.\n"
     )
 
 

@@ -1,9 +1,11 @@
 """Every example in the README and the docs, run as it stands but for the queen's address."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -108,6 +110,19 @@ def test_the_resuming_reader(cluster: Cluster, tmp_path: Path) -> None:
     assert run(cluster, "resume-python", tmp_path, job_id).startswith(EXPECTED)
     with stream(cluster.queen.url, job_id) as frames:
         assert [event for _, event in frames][-1]["action"] == "execute_complete"
+
+
+def test_the_backup_of_a_running_queen(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.run({"operation": "status"})
+    state = tmp_path / ".local/state/rbee"
+    state.mkdir(parents=True)
+    port = cluster.queen.url.rpartition(":")[2]
+    (state / "queen-7833").symlink_to(Path(os.environ["XDG_STATE_HOME"]) / f"rbee/queen-{port}")
+    run(cluster, "backup", tmp_path, HOME=str(tmp_path))
+
+    with contextlib.closing(sqlite3.connect(tmp_path / "queen-backup.db")) as backup:
+        (jobs,) = backup.execute("SELECT count(*) FROM jobs").fetchone()
+    assert jobs > 0
 
 
 def test_every_named_example_is_run_here_or_says_where() -> None:

@@ -111,17 +111,21 @@ class Cluster:
         self.marker = f"{os.getpid()}-{folder.name}-{time.monotonic_ns()}"
         self.hive_id = hive_id
         self.state_dir = folder / "state"
-        self.queen = Service(
-            "rbee-queen", ["--port", "0", *queen_args], folder / "queen.log", self.marker, token
-        )
         self._hive_args = [
-            *("--hive-id", hive_id, "--queen-url", self.queen.url, "--models-dir", str(models)),
+            *("--hive-id", hive_id, "--models-dir", str(models)),
             *("--state-dir", str(self.state_dir), "--worker-engine", engine),
         ]
-        self.hive = Service(
-            "rbee-hive", ["--port", "0", *self._hive_args], folder / "hive.log", self.marker, token
-        )
-        until(self._is_online, "the hive is online at the queen")
+        try:
+            queen_log = folder / "queen.log"
+            self.queen = Service("rbee-queen", ["--port", "0", *queen_args], queen_log, self.marker, token)
+            self._hive_args += ["--queen-url", self.queen.url]
+            hive_log = folder / "hive.log"
+            self.hive = Service("rbee-hive", ["--port", "0", *self._hive_args], hive_log, self.marker, token)
+            until(self._is_online, "the hive is online at the queen")
+        except BaseException:
+            for process in self.processes():
+                process.kill()
+            raise
 
     def __enter__(self) -> Self:
         return self

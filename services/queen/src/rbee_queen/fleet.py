@@ -1,6 +1,5 @@
 """The fleet: which hives there are, what they last told, and the line to each of them."""
 
-import ipaddress
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Literal, Protocol
@@ -10,6 +9,7 @@ import anyio
 import structlog
 from anyio.abc import TaskGroup
 
+from rbee_contracts.access import is_loopback
 from rbee_contracts.errors import Conflict, InvalidRequest, NotFound, RbeeError, Unavailable
 from rbee_contracts.nodes import HiveHeartbeat, HiveInfo, HiveReady
 from rbee_job_client import JobClient
@@ -296,19 +296,10 @@ def _hive_url(ready: HiveReady, peer: str) -> str:
         raise InvalidRequest(
             f"hive_url {ready.hive_url[:100]!r} is not of the form http://HOST:PORT.", code="invalid_hive_url"
         )
-    if _is_loopback(parts.hostname) and not _is_loopback(peer):
+    if is_loopback(parts.hostname) and not is_loopback(peer):
         raise InvalidRequest(
             f"hive_url {ready.hive_url[:100]!r} is this machine's loopback, but the hive speaks from {peer}. "
             "Give it the address others reach it at.",
             code="invalid_hive_url",
         )
     return ready.hive_url.rstrip("/")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
