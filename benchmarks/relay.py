@@ -31,7 +31,7 @@ SHAPES = (
     Shape(streams=1, rate=50, tokens=100, probes=20),
     Shape(streams=64, rate=50, tokens=200),
     Shape(streams=256, rate=50, tokens=200),
-    Shape(streams=1000, rate=10, tokens=40),
+    Shape(streams=1000, rate=10, tokens=60, stagger_ms=2.0),
 )
 
 ENGINE = [
@@ -94,6 +94,7 @@ def run_load(way: Way, shape: Shape) -> LoadResult:
         model=processes.MODEL,
         streams=shape.streams,
         tokens=shape.tokens,
+        stagger_ms=shape.stagger_ms,
         probes=shape.probes,
         services=way.services,
     )

@@ -17,11 +17,12 @@ COMPARED_AT = 256
 
 
 class Shape(Struct, frozen=True, kw_only=True):
-    """A load: so many streams of so many tokens a second, `tokens` in each."""
+    """A load: so many streams of so many tokens a second, `tokens` in each, begun `stagger_ms` apart."""
 
     streams: int
     rate: int
     tokens: int
+    stagger_ms: float = 1.0
     probes: int = 0
 
     @property
@@ -46,9 +47,14 @@ class Cell(Struct, frozen=True, kw_only=True):
         """CPU time per token of the whole load, its requests' beginnings and ends included."""
         return self.result.services[service].cpu_s / max(1, self.result.tokens) * 1e6
 
+    @property
+    def has_steady(self) -> bool:
+        """Whether there was a time in which all streams ran."""
+        return self.result.steady_tokens >= self.result.tokens / 20
+
     def steady_cpu_us(self, service: str) -> float:
         """CPU time per token while all streams ran; of the whole load where they never did together."""
-        if not self.result.steady_tokens:
+        if not self.has_steady:
             return self.cpu_us(service)
         return self.result.services[service].steady_cpu_s / self.result.steady_tokens * 1e6
 
@@ -181,12 +187,13 @@ def _services(results: RelayResults, shape: Shape) -> str:
         cells = results.of(shape, way)
         for name in cells[0].result.services:
             rss = _median(c.result.services[name].rss_bytes for c in cells) / 2**20
+            steady = [cell for cell in cells if cell.has_steady]
             rows.append(
                 (
                     f"{way}: {name}",
                     f"{_median(c.cpu_us(name) for c in cells):.1f}",
-                    f"{_median(c.steady_cpu_us(name) for c in cells):.1f}",
-                    f"{_median(c.request_ms(name) for c in cells):.2f}",
+                    f"{_median(c.steady_cpu_us(name) for c in steady):.1f}" if steady else "",
+                    f"{_median(c.request_ms(name) for c in steady):.2f}" if steady else "",
                     f"{rss:.0f}",
                 )
             )

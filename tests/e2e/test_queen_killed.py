@@ -1,14 +1,12 @@
 """A queen killed under real streams: every client ends with exactly the text that the engine produced."""
 
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
-from rbee_processes import stream, text_of, until
-from rbee_restarts import Reader, RestartableCluster
+from rbee_processes import stream, text_of
+from rbee_restarts import Reader, RestartableCluster, read_through_a_kill
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -40,14 +38,7 @@ def test_kill_of_the_queen_during_20_streams(
         for i in range(STREAMS)
     ]
     readers = [Reader(cluster.queen.url, cluster.submit(operation)) for operation in operations]
-    with ThreadPoolExecutor(STREAMS) as pool:
-        results = [pool.submit(reader.read) for reader in readers]
-        until(lambda: all(len(reader.events) > 30 for reader in readers), "all streams are under way", 60)
-        cluster.kill_queen()
-        threading.Event().wait(down_s)  # the outage itself
-        cluster.start_queen()
-        for result in results:
-            result.result(120)
+    read_through_a_kill(cluster, readers, down_s)
 
     for reader in readers:
         text = text_of(reader.events)

@@ -1,6 +1,5 @@
 """A queen that is killed and comes back goes on with its jobs; their readers get the exact rest."""
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from rbee_processes import Cluster, stream, text_of, until
-from rbee_restarts import Reader, RestartableCluster
+from rbee_restarts import Reader, RestartableCluster, read_through_a_kill
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -50,14 +49,7 @@ def test_kill_of_the_queen_during_20_streams(tmp_path: Path, down_s: float) -> N
     with cluster_in(tmp_path) as cluster:
         cluster.spawn("m", "--sim-step-ms", "4")
         readers = [Reader(cluster.queen.url, cluster.submit(infer(tokens, salt=i))) for i in range(streams)]
-        with ThreadPoolExecutor(streams) as pool:
-            results = [pool.submit(reader.read) for reader in readers]
-            until(lambda: all(len(reader.events) > 50 for reader in readers), "all streams are under way", 60)
-            cluster.kill_queen()
-            threading.Event().wait(down_s)  # the outage itself
-            cluster.start_queen()
-            for result in results:
-                result.result(120)
+        read_through_a_kill(cluster, readers, down_s)
 
         for reader in readers:
             assert_whole(reader.events, reader.ids, tokens)

@@ -1,12 +1,15 @@
 """Queens that are killed and come back, and clients that outlast them."""
 
 import json
+import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
-from rbee_processes import Cluster, Service
+from rbee_processes import Cluster, Service, until
 
 
 class RestartableCluster(Cluster):
@@ -70,3 +73,15 @@ class Reader:
             elif line.startswith("data: "):
                 self.events.append(json.loads(line[6:]))
                 self.ids.append(event_id)
+
+
+def read_through_a_kill(cluster: RestartableCluster, readers: Sequence[Reader], down_s: float) -> None:
+    """Read all jobs to their ends, with the queen killed once all are under way, and down for a while."""
+    with ThreadPoolExecutor(len(readers)) as pool:
+        results = [pool.submit(reader.read) for reader in readers]
+        until(lambda: all(len(reader.events) > 30 for reader in readers), "all streams are under way", 60)
+        cluster.kill_queen()
+        threading.Event().wait(down_s)  # the outage itself
+        cluster.start_queen()
+        for result in results:
+            result.result(120)

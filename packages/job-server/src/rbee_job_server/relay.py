@@ -214,16 +214,15 @@ class Relay:
         job_id = hop_job_id(self._service, key)
         is_recorded = job.find_step(step, attempt) is not None
         sink = _Sink(job, Position(job.lower_n, 0) if is_recorded else START)
-        try:
-            await self._wait_connected(RESUME_TIMEOUT_S if is_recorded else CONNECT_TIMEOUT_S)
-        except RbeeError as exc:
-            if job.has_spoken:
-                raise self._job_lost(f"has not come back: {exc.details}") from exc
-            raise
-        if not is_recorded:
-            await job.take_step(Step(step=step, attempt=attempt, where=self._peer, lower_job_id=job_id))
         self._sinks[job_id] = sink
+        may_run_below = is_recorded
         try:
+            await self._wait_for(job, is_recorded)
+            if not is_recorded:
+                await job.take_step(Step(step=step, attempt=attempt, where=self._peer, lower_job_id=job_id))
+            if sink.ended.is_set():
+                return sink.result()
+            may_run_below = True
             if not (is_recorded and job.has_spoken):
                 await self._client.submit(
                     operation,
@@ -239,8 +238,17 @@ class Relay:
             return sink.result()
         finally:
             del self._sinks[job_id]
-            if not sink.ended.is_set():
+            if may_run_below and not sink.ended.is_set():
                 await self._cancel_below(job_id, context.correlation_id)
+
+    async def _wait_for(self, job: Job, is_recorded: bool) -> None:
+        """Wait until the lower service is followed; longer for a job that goes on after a restart."""
+        try:
+            await self._wait_connected(RESUME_TIMEOUT_S if is_recorded else CONNECT_TIMEOUT_S)
+        except RbeeError as exc:
+            if is_recorded and job.has_spoken:
+                raise self._job_lost(f"has not come back: {exc.details}") from exc
+            raise
 
     async def read_output(self, lower_job_id: str) -> list[AnyEvent]:
         """Read the whole output of a lower job that has ended.

@@ -79,30 +79,36 @@ class EventStreamResponse:
 
     async def _stream(self, send: Send) -> None:
         source, head = self._source, self._head
+        has_waited = True
         while True:
             frames, head = head + source.take(), b""
             if frames:
-                self._wrote = True
+                if not has_waited:
+                    # `send` returns at once when the client has gone: give the loop a turn between two
+                    # writes, so that the disconnect is seen.
+                    await asyncio.sleep(0)
                 await self._write(frames, send, is_last=source.finished)
+                has_waited = False
             if source.finished:
                 if not frames:
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
                 return
             if not frames:
                 await source.wait()
+                has_waited = True
 
     async def _write(self, frames: bytes, send: Send, *, is_last: bool) -> None:
         """Send `frames`; no ping comes in between, as a write that waits counts as one that goes on."""
         clock = asyncio.get_running_loop().time
-        for start in range(0, len(frames), WRITE_BYTES):
-            piece = frames[start : start + WRITE_BYTES]  # the same object where it is all of it
-            is_end = is_last and start + WRITE_BYTES >= len(frames)
-            self._writing_since = clock()
-            await send({"type": "http.response.body", "body": piece, "more_body": not is_end})
-            self._writing_since = None if start + WRITE_BYTES >= len(frames) else clock()
-            # `send` returns at once when the client has gone: give the loop a turn, so that the
-            # disconnect is seen, and so that what is said in the same turn leaves in one write.
+        self._wrote = True
+        self._writing_since = clock()
+        while len(frames) > WRITE_BYTES:
+            await send({"type": "http.response.body", "body": frames[:WRITE_BYTES], "more_body": True})
             await asyncio.sleep(0)
+            self._writing_since = clock()
+            frames = frames[WRITE_BYTES:]
+        await send({"type": "http.response.body", "body": frames, "more_body": not is_last})
+        self._writing_since = None
 
     async def _watch(self, send: Send, abort: Callable[[], object]) -> None:
         """Ping in silence, until the reader stalls; then give it up."""
