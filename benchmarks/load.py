@@ -211,7 +211,11 @@ async def run_load(load: Load) -> LoadResult:
     gaps.sort()
     return LoadResult(
         streams=load.streams,
-        failed=[failure for _, failure in done if failure is not None],
+        failed=[
+            failure or f"no token in {stream.parts[-1][-300:]!r}"
+            for (stream, failure), tokens in zip(done, answers, strict=True)
+            if failure is not None or not tokens
+        ],
         tokens=count,
         lost=lost,
         doubled=doubled,

@@ -50,7 +50,7 @@ class Cell(Struct, frozen=True, kw_only=True):
     @property
     def has_steady(self) -> bool:
         """Whether there was a time in which all streams ran."""
-        return self.result.steady_tokens >= self.result.tokens / 20
+        return self.result.steady_tokens > self.result.tokens / 20
 
     def steady_cpu_us(self, service: str) -> float:
         """CPU time per token while all streams ran; of the whole load where they never did together."""

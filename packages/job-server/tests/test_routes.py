@@ -65,7 +65,7 @@ async def flood(_: OpenAI, context: JobContext) -> None:
     """Speaks as fast as it can."""
     while True:
         for _item in range(50):
-            context.emit_token("x" * 1000)
+            context.emit_token("x")
         await asyncio.sleep(0)
 
 

@@ -60,6 +60,7 @@ class EventStreamResponse:
         self._head = head
         self._on_close = on_close
         self._job_id = job_id
+        self._has_gone = False
         self._wrote = False
         self._writing_since: float | None = None
 
@@ -68,7 +69,7 @@ class EventStreamResponse:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(_until_disconnect, receive, tasks.cancel_scope)
+                tasks.start_soon(self._until_disconnect, receive, tasks.cancel_scope)
                 tasks.start_soon(self._watch, send, connection.get("abort", tasks.cancel_scope.cancel))
                 await self._stream(send)
                 tasks.cancel_scope.cancel()
@@ -80,7 +81,7 @@ class EventStreamResponse:
     async def _stream(self, send: Send) -> None:
         source, head = self._source, self._head
         has_waited = True
-        while True:
+        while not self._has_gone:
             frames, head = head + source.take(), b""
             if frames:
                 if not has_waited:
@@ -110,6 +111,13 @@ class EventStreamResponse:
         await send({"type": "http.response.body", "body": frames, "more_body": not is_last})
         self._writing_since = None
 
+    async def _until_disconnect(self, receive: Receive, scope: anyio.CancelScope) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        # The flag too: a source that has more at every turn keeps the writer from being cancelled.
+        self._has_gone = True
+        scope.cancel()
+
     async def _watch(self, send: Send, abort: Callable[[], object]) -> None:
         """Ping in silence, until the reader stalls; then give it up."""
         clock = asyncio.get_running_loop().time
@@ -131,9 +139,3 @@ class EventStreamResponse:
 
     def _log_closed(self, reason: str) -> None:
         log.warning("reader_closed", reason=reason, job_id=self._job_id)
-
-
-async def _until_disconnect(receive: Receive, scope: anyio.CancelScope) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel()
