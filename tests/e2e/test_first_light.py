@@ -187,6 +187,10 @@ def test_chat_messages_choices_logprobs_and_stop(cluster: Cluster) -> None:
     first = next(event for event in scored if event["action"] == "token")
     assert len(first["data"]["logprobs"][0]) >= 2
 
+    slow = cluster.events(infer(stream_interval=4, max_tokens=12, skip_reading_prefix_cache=True))
+    assert len([event for event in slow if event["action"] == "token"]) < 8
+    assert slow[-1]["data"]["usage"]["completion_tokens"] == 12
+
     stopped = cluster.events(infer(stop="every", max_tokens=60))
     assert text_of(stopped).endswith("reads it, ")
     assert stopped[-1]["data"]["finish_reason"] == "stop"

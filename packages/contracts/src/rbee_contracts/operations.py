@@ -96,8 +96,12 @@ class Infer(Operation, frozen=True, kw_only=True):
         | None
     ) = None
     logprobs: Annotated[int, Meta(ge=0, le=1024)] | None = None
+    logprob_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
+    stream_interval: Annotated[int, Meta(ge=1, le=65_536)] | None = None
+    skip_reading_prefix_cache: bool | None = None
+    watermarking: bool | None = None
     thinking_token_budget: TokenCount | None = None
     structured_outputs: dict[str, Any] | None = None
     repetition_detection: dict[str, Any] | None = None

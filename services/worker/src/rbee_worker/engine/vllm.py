@@ -45,6 +45,7 @@ _SAMPLING_FIELDS = (
     "repetition_penalty", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "bad_words",
     "allowed_token_ids", "logit_bias", "logprobs", "skip_special_tokens", "spaces_between_special_tokens",
     "thinking_token_budget", "structured_outputs", "repetition_detection", "extra_args", "min_tokens",
+    "logprob_token_ids", "stream_interval", "skip_reading_prefix_cache", "watermarking",
 )  # fmt: skip
 # rbee guards its own API; a second key inside would only refuse rbee's calls.
 _REFUSED_ARGUMENTS = ("api_key", "headless", "grpc")

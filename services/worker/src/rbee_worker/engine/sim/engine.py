@@ -19,7 +19,7 @@ from rbee_worker.engine.sim.text import Text, count_tokens, hash_prompt
 # What needs real logits. Other sampling parameters are taken and change nothing.
 _UNSUPPORTED = (
     "logprobs", "logit_bias", "bad_words", "allowed_token_ids", "structured_outputs", "repetition_detection",
-    "thinking_token_budget", "extra_args",
+    "thinking_token_budget", "extra_args", "logprob_token_ids",
 )  # fmt: skip
 
 
