@@ -23,7 +23,7 @@ run: setup  ## Start rbee on this machine
 	@$(BIN)/rbee up $(ARGS)
 
 test: setup  ## Run all tests, those with a real engine too (ARGS="-k name")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check
