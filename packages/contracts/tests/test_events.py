@@ -18,11 +18,10 @@ from rbee_contracts.events import (
     encode_event,
     event_type,
 )
-from rbee_contracts.ids import new_job_id
 from rbee_contracts.operations import OPERATIONS
 from rbee_contracts.results import RESULTS
 
-JOB_ID = new_job_id()
+JOB_ID = "job-00000000-0000-4000-8000-000000000001"
 COMMON: dict[str, Any] = {
     "message": 'Text with "quotes", \u2028, \x00 and \U0001f41d.\n',
     "actor": "worker/w1",

@@ -118,8 +118,8 @@ def test_step_keys_are_told_from_users_keys() -> None:
         "",
         "order-17",
         "job-1/infer/0",
-        f"{ids.new_job_id()}/infer",
-        f"{ids.new_job_id()}/infer/0\n",
+        "job-00000000-0000-4000-8000-000000000001/infer",
+        "job-00000000-0000-4000-8000-000000000001/infer/0\n",
     ):
         assert not ids.is_step_key(key)
     assert ids.is_idempotency_key(ids.step_key(ids.new_job_id(), "s" * 64, 9999))

@@ -38,7 +38,7 @@ from rbee_job_server.registry import LOG_RETENTION_S
 pytestmark = pytest.mark.anyio
 
 QUICK = Timeouts(connect=1, request=2, read=2, resume=0.6)
-JOB_ID = new_job_id()
+JOB_ID = "job-00000000-0000-4000-8000-000000000001"
 COMMON: dict[str, Any] = {
     "actor": "worker/w1",
     "job_id": JOB_ID,

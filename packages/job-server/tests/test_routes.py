@@ -37,7 +37,7 @@ pytestmark = pytest.mark.anyio
 
 INFER = {"operation": "infer", "model": "m", "prompt": "one two three"}
 HANG = {"operation": "status"}
-UNKNOWN = new_job_id()
+UNKNOWN = "job-00000000-0000-4000-8000-000000000001"
 
 
 async def speak(operation: Infer, context: JobContext) -> dict[str, int]:
