@@ -15,7 +15,7 @@ import uvloop
 
 from benchmarks import processes
 from benchmarks.http1 import Connection
-from benchmarks.jobs_report import JobsResults, Latency, Memory, Rate, publish_results
+from benchmarks.jobs_report import JobsResults, Latency, Memory, Rate, Times, publish_results
 from benchmarks.measure import machine, usage
 
 PROBES = 300
@@ -83,9 +83,9 @@ async def latency(queen: Queen, operation: Operation) -> Latency:
                     first.append((submitted_s + reader.first_event_at - begun) * 1e3)
     return Latency(
         operation=str(operation["operation"]),
-        submit_ms=sorted(submit),
-        connect_ms=sorted(connect),
-        first_event_ms=sorted(first),
+        submit=Times.of(submit),
+        connect=Times.of(connect),
+        first_event=Times.of(first),
     )
 
 
@@ -193,6 +193,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep the results under their date too")
     parser.add_argument("--dry", action="store_true", help="print the tables and write nothing")
     args = parser.parse_args()
+    processes.stop_when_terminated()
     here = machine(processes.versions())
     with cluster("times", FAST) as running:
         latencies, rates = uvloop.run(measure_times(running))

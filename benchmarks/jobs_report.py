@@ -1,21 +1,38 @@
 """What bench-jobs found, in tables."""
 
+from typing import Self
+
 from msgspec import Struct
 
 from benchmarks.measure import Machine, percentile
 from benchmarks.report import provenance, publish, save, table
 
 
+class Times(Struct, frozen=True, kw_only=True):
+    """Milliseconds."""
+
+    p50: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Self:
+        values = sorted(values)
+        return cls(p50=percentile(values, 0.5), p99=percentile(values, 0.99))
+
+    def __str__(self) -> str:
+        return f"{self.p50:.2f} / {self.p99:.2f}"
+
+
 class Latency(Struct, frozen=True, kw_only=True):
-    """Milliseconds, sorted.
+    """What a caller waits for, at one job at a time.
 
     `connect`: from opening a connection to the head of the answer; `first_event`: from the submit on.
     """
 
     operation: str
-    submit_ms: list[float]
-    connect_ms: list[float]
-    first_event_ms: list[float]
+    submit: Times
+    connect: Times
+    first_event: Times
 
 
 class Rate(Struct, frozen=True, kw_only=True):
@@ -59,10 +76,7 @@ def to_markdown(results: JobsResults) -> str:
             "### Times\n",
             table(
                 ("operation", "submit p50 / p99 ms", "connect p50 / p99 ms", "first event p50 / p99 ms"),
-                [
-                    (f"`{of.operation}`", _pair(of.submit_ms), _pair(of.connect_ms), _pair(of.first_event_ms))
-                    for of in results.latencies
-                ],
+                [(f"`{of.operation}`", of.submit, of.connect, of.first_event) for of in results.latencies],
             ),
             "### Rates\n",
             table(
@@ -81,12 +95,11 @@ def to_markdown(results: JobsResults) -> str:
 def _targets(results: JobsResults) -> str:
     rows = []
     infer = results.latencies[0]
-    for what, most, values in (
-        ("submit, p50", 1, infer.submit_ms),
-        ("connect, p50", 10, infer.connect_ms),
-        ("first event, p50", 100, infer.first_event_ms),
+    for what, most, value in (
+        ("submit, p50", 1, infer.submit.p50),
+        ("connect, p50", 10, infer.connect.p50),
+        ("first event, p50", 100, infer.first_event.p50),
     ):
-        value = percentile(values, 0.5)
         rows.append((what, f"{most} ms", f"{value:.2f} ms", _met(value <= most)))
     for memory in results.memories[:2]:
         kb = memory.bytes_per_job / 1000
@@ -96,7 +109,3 @@ def _targets(results: JobsResults) -> str:
 
 def _met(is_met: bool) -> str:
     return "yes" if is_met else "**no**"
-
-
-def _pair(values: list[float]) -> str:
-    return f"{percentile(values, 0.5):.2f} / {percentile(values, 0.99):.2f}"

@@ -59,7 +59,7 @@ class ServiceCost(Struct, frozen=True, kw_only=True):
 
 
 class LoadResult(Struct, frozen=True, kw_only=True):
-    """What came of it. Times in milliseconds; `ttft_ms` sorted, of the probes where there were any."""
+    """What came of it. Times in milliseconds; to first token, of the probes where there were any."""
 
     streams: int
     failed: list[str]
@@ -71,7 +71,8 @@ class LoadResult(Struct, frozen=True, kw_only=True):
     tokens_per_s: float
     steady_s: float
     steady_tokens: int
-    ttft_ms: list[float]
+    ttft_p50_ms: float
+    ttft_p99_ms: float
     itl_p50_ms: float
     itl_p99_ms: float
     services: dict[str, ServiceCost]
@@ -209,6 +210,7 @@ async def run_load(load: Load) -> LoadResult:
         if tokens:
             ttft.append((tokens[0][1] - stream.sent) * 1000)
     gaps.sort()
+    ttft = probed or sorted(ttft)
     return LoadResult(
         streams=load.streams,
         failed=[
@@ -224,7 +226,8 @@ async def run_load(load: Load) -> LoadResult:
         tokens_per_s=count / (end - begin),
         steady_s=steady_to - steady_from,
         steady_tokens=steady_tokens,
-        ttft_ms=probed or sorted(ttft),
+        ttft_p50_ms=percentile(ttft, 0.5),
+        ttft_p99_ms=percentile(ttft, 0.99),
         itl_p50_ms=percentile(gaps, 0.5),
         itl_p99_ms=percentile(gaps, 0.99),
         services={

@@ -136,8 +136,12 @@ class LoneWorker(Process):
             *worker_args,
         ]
         super().__init__("rbee-worker", command, folder / "rbee-worker.log")
-        self.port = until(self.listening_port, "the worker listens")
-        until(self._is_ready, "the worker is ready")
+        try:
+            self.port = until(self.listening_port, "the worker listens")
+            until(self._is_ready, "the worker is ready")
+        except BaseException:
+            self.stop()
+            raise
 
     def _is_ready(self) -> bool:
         try:
@@ -161,6 +165,15 @@ def fetch(url: str, body: bytes | None = None) -> bytes:
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as response:
         return bytes(response.read())
+
+
+def stop_when_terminated() -> None:
+    """Make SIGTERM end this process as Ctrl-C does, so that it stops what it started."""
+
+    def terminate(signum: int, _: object) -> None:
+        sys.exit(128 + signum)
+
+    signal.signal(signal.SIGTERM, terminate)
 
 
 def until(condition: Callable[[], T | None], what: str) -> T:

@@ -139,6 +139,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep the results under their date too")
     parser.add_argument("--dry", action="store_true", help="print the tables and write nothing")
     args = parser.parse_args()
+    processes.stop_when_terminated()
     shapes = [shape for shape in SHAPES if args.streams is None or shape.streams in args.streams]
     here = machine({})
     bench = Bench()

@@ -7,7 +7,7 @@ from statistics import median
 from msgspec import Struct
 
 from benchmarks.load import LoadResult
-from benchmarks.measure import Machine, percentile
+from benchmarks.measure import Machine
 from benchmarks.report import IMAGES, provenance, publish, save, stacked_bars, table
 
 DIRECT = "direct"
@@ -39,9 +39,6 @@ class Cell(Struct, frozen=True, kw_only=True):
     date: str
     load_average: list[float]
     result: LoadResult
-
-    def ttft_ms(self, share: float) -> float:
-        return percentile(self.result.ttft_ms, share)
 
     def cpu_us(self, service: str) -> float:
         """CPU time per token of the whole load, its requests' beginnings and ends included."""
@@ -143,7 +140,9 @@ def _targets(results: RelayResults) -> str:
                     ratio = results.ratio(shape, name, figure)
                     add(f"{name}'s {what} per token, of {PEER}'s, {shape.name}", most, " x", ratio)
         elif shape.streams == 1:
-            added = results.compared(shape, CASCADE, DIRECT, lambda a, b: a.ttft_ms(0.5) - b.ttft_ms(0.5))
+            added = results.compared(
+                shape, CASCADE, DIRECT, lambda a, b: a.result.ttft_p50_ms - b.result.ttft_p50_ms
+            )
             add(f"TTFT that queen and hive add, p50, {shape.name}", 10, " ms", added)
     lost = sum(cell.result.lost + cell.result.doubled for cell in results.cells)
     add("tokens lost or doubled, of all ways", 0, "", lost)
@@ -151,34 +150,31 @@ def _targets(results: RelayResults) -> str:
 
 
 def _streams(results: RelayResults, shape: Shape) -> str:
-    rows = []
-    for way in results.ways():
-        cells = results.of(shape, way)
-
-        def added(figure: Callable[[Cell], float], way: str = way) -> str:
-            def difference(cell: Cell, direct: Cell) -> float:
-                return figure(cell) - figure(direct)
-
-            value = results.compared(shape, way, DIRECT, difference)
-            return "" if way == DIRECT or value is None else f"{value:+.1f}"
-
-        rows.append(
-            (
-                way,
-                f"{_median(c.result.tokens_per_s for c in cells):,.0f}",
-                sum(c.result.lost + c.result.doubled for c in cells),
-                _pair(_median(c.ttft_ms(0.5) for c in cells), _median(c.ttft_ms(0.99) for c in cells)),
-                f"{added(lambda c: c.ttft_ms(0.5))} / {added(lambda c: c.ttft_ms(0.99))}".strip(" /"),
-                _pair(
-                    _median(c.result.itl_p50_ms for c in cells), _median(c.result.itl_p99_ms for c in cells)
-                ),
-                f"{added(lambda c: c.result.itl_p50_ms)} / {added(lambda c: c.result.itl_p99_ms)}".strip(
-                    " /"
-                ),
-            )
-        )
     heads = ("way", "tok/s", "lost", "TTFT p50 / p99 ms", "added", "between tokens p50 / p99 ms", "added")
-    return table(heads, rows)
+    return table(heads, [_streams_of(results, shape, way) for way in results.ways()])
+
+
+def _streams_of(results: RelayResults, shape: Shape, way: str) -> list[str]:
+    cells = results.of(shape, way)
+
+    def added(figure: Callable[[LoadResult], float]) -> str:
+        def difference(cell: Cell, direct: Cell) -> float:
+            return figure(cell.result) - figure(direct.result)
+
+        value = results.compared(shape, way, DIRECT, difference)
+        return "" if way == DIRECT or value is None else f"{value:+.1f}"
+
+    def pair(p50: Callable[[LoadResult], float], p99: Callable[[LoadResult], float]) -> list[str]:
+        values = " / ".join(f"{_median(figure(c.result) for c in cells):.1f}" for figure in (p50, p99))
+        return [values, f"{added(p50)} / {added(p99)}".strip(" /")]
+
+    return [
+        way,
+        f"{_median(c.result.tokens_per_s for c in cells):,.0f}",
+        str(sum(c.result.lost + c.result.doubled for c in cells)),
+        *pair(lambda r: r.ttft_p50_ms, lambda r: r.ttft_p99_ms),
+        *pair(lambda r: r.itl_p50_ms, lambda r: r.itl_p99_ms),
+    ]
 
 
 def _services(results: RelayResults, shape: Shape) -> str:
@@ -202,7 +198,3 @@ def _services(results: RelayResults, shape: Shape) -> str:
 
 def _median(values: Iterable[float]) -> float:
     return median(values)
-
-
-def _pair(first: float, second: float) -> str:
-    return f"{first:.1f} / {second:.1f}"
