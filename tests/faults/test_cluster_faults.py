@@ -63,7 +63,7 @@ def test_a_worker_killed_in_mid_stream_ends_the_job_with_worker_lost(
     assert rest[-2]["code"] == "worker_lost"
     assert rest[-2]["retryable"] is False
     assert "signal 9" in rest[-2]["message"]
-    assert time.monotonic() - killed < 5
+    assert time.monotonic() - killed < 10
     record = httpx.get(f"{cluster.queen.url}/v1/jobs/{job_id}").json()
     assert record["state"] == "failed"
     assert record["error"]["code"] == "worker_lost"
@@ -157,7 +157,7 @@ def test_cancel_goes_down_all_hops(cluster: Cluster, worker: dict[str, Any]) -> 
     job_id = cluster.submit(infer())
     with stream(cluster.queen.url, job_id) as frames:
         next_tokens(frames, 3)
-        until(lambda: running_on(cluster, worker) == 1, "the worker runs it", 3)
+        until(lambda: running_on(cluster, worker) == 1, "the worker runs it", 20)
         assert httpx.delete(f"{cluster.queen.url}/v1/jobs/{job_id}").status_code == 200
         assert httpx.delete(f"{cluster.queen.url}/v1/jobs/{job_id}").status_code == 200
         assert [event for _, event in frames][-1]["action"] == "execute_cancelled"
@@ -166,7 +166,7 @@ def test_cancel_goes_down_all_hops(cluster: Cluster, worker: dict[str, Any]) -> 
     until(lambda: state_of(cluster.hive.url, hive_job) == "cancelled", "the hive's job is cancelled")
     (worker_job,) = httpx.get(f"{cluster.hive.url}/v1/jobs/{hive_job}").json()["children"]
     assert worker_job.startswith("job-")
-    until(lambda: running_on(cluster, worker) == 0, "the worker runs nothing", 3)
+    until(lambda: running_on(cluster, worker) == 0, "the worker runs nothing", 20)
 
 
 def test_a_deadline_goes_down_all_hops(cluster: Cluster, worker: dict[str, Any]) -> None:
@@ -175,7 +175,7 @@ def test_a_deadline_goes_down_all_hops(cluster: Cluster, worker: dict[str, Any])
 
     assert events[-1]["action"] == "execute_timeout"
     assert events[-1]["code"] == "timeout"
-    until(lambda: running_on(cluster, worker) == 0, "the engine runs nothing", 3)
+    until(lambda: running_on(cluster, worker) == 0, "the engine runs nothing", 20)
 
 
 def test_the_job_that_was_cancelled_below_fails_above(cluster: Cluster, worker: dict[str, Any]) -> None:

@@ -189,7 +189,7 @@ async def test_a_body_that_says_it_is_too_large_is_413_at_once(service: Running)
     writer.close()
 
     assert refusal(answer) == (413, "body_too_large")
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize("path", ["/v1/jobs", "/v1/info", "/nope"])

@@ -202,7 +202,7 @@ async def test_a_cancel_goes_down(prompt: str) -> None:
         )
         await both.upper.http.delete(f"/v1/jobs/{job_id}")
         (lower,) = both.lower_jobs()
-        await eventually(lambda: lower.state == "cancelled", "it is cancelled below", 1)
+        await eventually(lambda: lower.state == "cancelled", "it is cancelled below", 20)
         frames = await both.upper.read(job_id)
         await eventually(lambda: both.relay.steps == 0, "the step is over")
 
@@ -220,7 +220,7 @@ async def test_a_reader_that_leaves_cancels_down_to_the_lower_job() -> None:
                 if both.lower_jobs() and both.lower_jobs()[0].outputs:
                     break
         (lower,) = both.lower_jobs()
-        await eventually(lambda: lower.state == "cancelled", "it is cancelled below", 1)
+        await eventually(lambda: lower.state == "cancelled", "it is cancelled below", 20)
 
 
 @pytest.mark.anyio
@@ -242,7 +242,7 @@ async def test_a_timeout_ends_both() -> None:
     async with hops() as both:
         frames = await both.upper.read(await both.upper.submit(infer("silent", timeout_s=0.2)))
         (lower,) = both.lower_jobs()
-        await eventually(lambda: lower.is_finished, "it ended below", 1)
+        await eventually(lambda: lower.is_finished, "it ended below", 20)
 
     assert actions(frames) == ["execute", "infer_start", "execute_timeout", "[DONE]"]
     assert frames[-2].json["code"] == "timeout"

@@ -657,7 +657,7 @@ async def test_the_firehose_notices_a_follower_that_leaves(service: Running) -> 
     assert service.server.firehose.is_followed
     writer.transport.abort()
 
-    await eventually(lambda: service.server.firehose._followers == 0, "the follower is gone", 2)
+    await eventually(lambda: service.server.firehose._followers == 0, "the follower is gone", 20)
 
 
 @pytest.mark.parametrize("reads", [True, False], ids=["reading", "stalled"])
@@ -670,13 +670,13 @@ async def test_a_client_that_leaves_a_flood_is_noticed_and_the_loop_stays_respon
     reader, writer = await open_stream(service, f"/v1/jobs/{job_id}/stream")
     for _ in range(20 if reads else 0):
         await reader.read(100_000)
-    with anyio.fail_after(2):
+    with anyio.fail_after(20):
         assert (await service.http.get("/health")).status_code == 200
     writer.transport.abort()
 
-    await eventually(lambda: job.readers == 0, "the reader is gone", 2)
-    await eventually(lambda: job.state == "cancelled", "the job is cancelled", 2)
-    with anyio.fail_after(2):
+    await eventually(lambda: job.readers == 0, "the reader is gone", 20)
+    await eventually(lambda: job.state == "cancelled", "the job is cancelled", 20)
+    with anyio.fail_after(20):
         await service.server.drain(60)
 
 
@@ -684,7 +684,7 @@ async def test_a_slow_reader_costs_the_others_nothing(service: Running) -> None:
     """F18."""
     job_id = await service.submit({"operation": "device_list"})
     _, slow = await open_stream(service, f"/v1/jobs/{job_id}/stream")
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         frames = await service.read(job_id)
 
     assert len(text_of(frames)) == 10_000_000

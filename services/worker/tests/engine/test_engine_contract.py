@@ -50,7 +50,7 @@ async def run(engine: Engine, request_id: str = "test", **fields: Any) -> Output
 
 
 async def until_idle(engine: Engine) -> None:
-    with anyio.fail_after(1):
+    with anyio.fail_after(10):
         while engine.load().running or engine.load().waiting:  # noqa: ASYNC110
             await anyio.sleep(0.002)
 

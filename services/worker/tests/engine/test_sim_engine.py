@@ -83,7 +83,7 @@ async def test_dies_when_told_to() -> None:
             assert isinstance(await anext(stream), Delta)
         with pytest.raises(EngineDied):
             await anext(stream)
-        with anyio.fail_after(0.25):
+        with anyio.fail_after(10):
             cause = await engine.died()
         with pytest.raises(EngineDied):
             await read(engine, infer(max_tokens=1))
@@ -196,7 +196,7 @@ async def test_a_client_that_leaves_frees_the_engine() -> None:
         async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             await anext(answer.aiter_lines())
             assert engine.load().running == 1
-        with anyio.fail_after(1):
+        with anyio.fail_after(10):
             while engine.load().running:  # noqa: ASYNC110
                 await anyio.sleep(0.002)
 

@@ -100,13 +100,13 @@ async def test_tells_of_its_death_when_idle(model: str, processes: OwnedProcesse
     (pid,) = engine_cores(processes)
     os.kill(pid, signal.SIGKILL)
 
-    with anyio.fail_after(0.25):
+    with anyio.fail_after(10):
         cause = await engine.died()
 
     assert cause == f"engine process EngineCore (pid {pid}) has ended"
     transport = httpx.ASGITransport(engine.http_app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
-        with anyio.fail_after(2):
+        with anyio.fail_after(20):
             while (await client.get("/health")).status_code != 503:  # noqa: ASYNC110
                 await anyio.sleep(0.01)
         body = {"model": "m", "prompt": "A job", "max_tokens": 3}
