@@ -72,16 +72,19 @@ EXAMPLES: list[Operation] = [
     ops.WorkerList(hive_id="h"),
     ops.WorkerGet(worker_id="w"),
     ops.WorkerStop(worker_id="w", grace_s=0.0),
+    ops.WorkerDrain(worker_id="w", draining=False),
+    ops.WorkerLog(worker_id="w", lines=0, follow=True),
     ops.WorkerProcessList(),
     ops.WorkerProcessGet(pid=4_000_000),
     ops.WorkerProcessDelete(pid=2),
-    ops.ModelDownload(model="org/m", revision="main", allow_patterns=["*.json"]),
+    ops.ModelDownload(model="org/m", revision="main", allow_patterns=["*.json"], source="hub"),
     ops.ModelGet(model="m"),
     ops.ModelDelete(model="m"),
     ops.ModelLoad(model="m"),
     ops.ModelUnload(model="m"),
     ops.ModelList(),
     ops.DeviceList(),
+    ops.HiveDrain(draining=False),
     ops.HiveCheck(),
 ]
 
@@ -98,12 +101,13 @@ def test_there_is_an_example_of_every_operation() -> None:
     assert {type(operation) for operation in EXAMPLES} == set(OPERATIONS.values())
 
 
-def test_the_operations_are_those_of_the_design() -> None:
+def test_the_operations_are_those_of_the_reference() -> None:
     assert set(OPERATIONS) == {
         *("status", "infer", "openai", "hive_list", "hive_get", "schedule_explain", "queen_check"),
         *("worker_spawn", "worker_list", "worker_get", "worker_stop", "worker_process_list"),
         *("worker_process_get", "worker_process_delete", "model_download", "model_get", "model_delete"),
         *("model_load", "model_unload", "model_list", "device_list", "hive_check"),
+        *("worker_drain", "worker_log", "hive_drain"),
     }
 
 

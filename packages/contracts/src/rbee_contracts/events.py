@@ -102,14 +102,25 @@ class SpawnedWorker(Struct, frozen=True, kw_only=True):
     devices: list[int]
 
 
+class FileProgress(Struct, frozen=True, kw_only=True):
+    """One file that is being fetched: bytes had and in all."""
+
+    path: str
+    bytes_done: int
+    bytes_total: int | None
+
+
 class DownloadProgress(Struct, frozen=True, kw_only=True):
-    """Bytes had and in all, bytes per second, seconds to go."""
+    """Bytes had and in all, bytes per second, seconds to go; `current` are the files under way."""
 
     model: ModelId
     bytes_done: int
     bytes_total: int | None
     rate: float
     eta_s: float | None
+    files_done: int = 0
+    files_total: int = 0
+    current: list[FileProgress] = []
 
 
 # --- the events ----------------------------------------------------------------------------------------

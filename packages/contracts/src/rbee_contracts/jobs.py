@@ -28,7 +28,9 @@ class JobError(Struct, frozen=True, kw_only=True):
 class JobRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Answer of `GET /v1/jobs/{id}`. Times are RFC 3339 in UTC.
 
-    `position` is the id of the newest event of its stream, while that is kept.
+    `position` is the id of the newest event of its stream, while that is kept. A job that the hop above
+    has sent names its step as `idempotency_key`, and its operation's SHA-256 in hexadecimal as `digest`:
+    what a hop that lost its memory needs to know its jobs again.
     """
 
     job_id: JobId
@@ -44,6 +46,9 @@ class JobRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     result: Any = None
     children: list[str] = []
     position: str | None = None
+    idempotency_key: str | None = None
+    digest: str | None = None
+    time_left_s: float | None = None
 
 
 class JobPage(Struct, frozen=True, kw_only=True):

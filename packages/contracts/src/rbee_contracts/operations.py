@@ -186,6 +186,21 @@ class WorkerStop(HiveOperation, frozen=True, kw_only=True):
     grace_s: Annotated[float, Meta(ge=0, le=3600)] = 30.0
 
 
+class WorkerDrain(HiveOperation, frozen=True, kw_only=True):
+    """Let a worker finish what it has and give it nothing new; `draining` false takes that back."""
+
+    worker_id: WorkerId
+    draining: bool = True
+
+
+class WorkerLog(HiveOperation, frozen=True, kw_only=True):
+    """Give the last `lines` lines of a worker's log; with `follow` go on until cancelled or it has ended."""
+
+    worker_id: WorkerId
+    lines: Annotated[int, Meta(ge=0, le=100_000)] = 200
+    follow: bool = False
+
+
 class WorkerProcessList(HiveOperation, frozen=True, kw_only=True):
     """List the machine's worker processes as the operating system sees them."""
 
@@ -203,11 +218,16 @@ class WorkerProcessDelete(HiveOperation, frozen=True, kw_only=True):
 
 
 class ModelDownload(HiveOperation, frozen=True, kw_only=True):
-    """Fetch a model's files into the hive's models folder."""
+    """Fetch a model's files into the hive's models folder; what lies there already is not fetched again.
+
+    `source`: `hive` takes it from another hive of the cluster, `hub` from the model hub, `auto` from
+    another hive where one has it and else from the hub. `allow_patterns` as in huggingface_hub.
+    """
 
     model: ModelId
     revision: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")] | None = None
     allow_patterns: Annotated[list[Annotated[str, Meta(max_length=256)]], Meta(max_length=64)] | None = None
+    source: Literal["auto", "hub", "hive"] = "auto"
 
 
 class ModelGet(HiveOperation, frozen=True, kw_only=True):
@@ -223,13 +243,13 @@ class ModelDelete(HiveOperation, frozen=True, kw_only=True):
 
 
 class ModelLoad(HiveOperation, frozen=True, kw_only=True):
-    """Bring a model into device memory."""
+    """Bring a model into device memory: wake a sleeping worker of it, else spawn one."""
 
     model: ModelId
 
 
 class ModelUnload(HiveOperation, frozen=True, kw_only=True):
-    """Take a model out of device memory."""
+    """Take a model out of device memory: its workers sleep where the device can, else they stop."""
 
     model: ModelId
 
@@ -242,6 +262,12 @@ class DeviceList(HiveOperation, frozen=True, kw_only=True):
     """List the hive's devices."""
 
 
+class HiveDrain(HiveOperation, frozen=True, kw_only=True):
+    """Let the hive finish what it has and give it nothing new; `draining` false takes that back."""
+
+    draining: bool = True
+
+
 class HiveCheck(HiveOperation, frozen=True, kw_only=True):
     """Check the hive itself, step by step, narrating each finding."""
 
@@ -252,6 +278,8 @@ OnHive: TypeAlias = (
     | WorkerList
     | WorkerGet
     | WorkerStop
+    | WorkerDrain
+    | WorkerLog
     | WorkerProcessList
     | WorkerProcessGet
     | WorkerProcessDelete
@@ -262,6 +290,7 @@ OnHive: TypeAlias = (
     | ModelUnload
     | ModelList
     | DeviceList
+    | HiveDrain
     | HiveCheck
 )
 AnyOperation: TypeAlias = Infer | OpenAI | QueenOperation | OnHive
