@@ -420,6 +420,13 @@ async def test_a_frame_that_is_no_event_is_a_protocol_error() -> None:
                 await read_all(client, JOB_ID)
 
 
+async def test_narration_of_a_newer_version_is_no_protocol_error() -> None:
+    newer = Narration(action="infer_worker", message="There.", data={"rack": 7}, **COMMON)
+    chunks = [SSE_HEAD, frame("1-0", newer), frame("2-0", END), b"data: [DONE]\n\n"]
+    async with scripted(chunks) as (url, _), JobClient(url, timeouts=QUICK) as client:
+        assert await read_all(client, JOB_ID) == [newer, END]
+
+
 async def test_pings_are_no_events() -> None:
     """F22: httpx-sse gives an empty event for each comment after an `id:`."""
     ping = b": ping\n\n"

@@ -4,14 +4,15 @@ import itertools
 from contextlib import suppress
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rbee_contracts.events import AnyEvent, Narration, Token, encode_event
+from rbee_contracts.events import AnyEvent, Chunk, Narration, Token, decode_event, encode_event
 from rbee_contracts.ids import new_job_id
 from rbee_job_client import frames
-from rbee_job_client.frames import FirehoseParser
+from rbee_job_client.frames import FirehoseParser, decode_any_event
 
 COMMON: dict[str, Any] = {
     "actor": "worker/w1",
@@ -27,6 +28,7 @@ HARD_TEXTS = [
     "",
     "\ufeff",
 ]
+NULL = msgspec.Raw(b"null")
 PING = b": ping\n\n"
 
 
@@ -36,6 +38,13 @@ def token(text: str, number: int = 0) -> Token:
 
 def frame(event: AnyEvent, seq: int) -> bytes:
     return b"id: ab12-%d\ndata: %b\n\n" % (seq, encode_event(event))
+
+
+def on_firehose(event: AnyEvent, seq: int) -> bytes:
+    """The frame as the firehose writes it: with the event's place, if it has one, first."""
+    place = b'"event_id":"%b",' % event.event_id.encode() if event.event_id else b""
+    fields = encode_event(msgspec.structs.replace(event, event_id=None))[1:]
+    return b"id: ab12-%d\ndata: {%b%b\n\n" % (seq, place, fields)
 
 
 def cut(body: bytes, places: list[int]) -> list[bytes]:
@@ -61,6 +70,54 @@ def test_any_chunking_gives_the_same_events(said: list[str], places: list[int], 
     assert got == events
     assert parser.last_event_id == f"ab12-{len(events)}"
     assert parser.undecodable == 0
+
+
+@settings(deadline=None)
+@given(
+    said=st.lists(texts | st.sampled_from(['","action":"', '{"event_id":"']), max_size=8),
+    kinds=st.lists(st.sampled_from(["token", "chunk", "said"]), min_size=8, max_size=8),
+    places=st.lists(st.integers(0, 5000), max_size=12),
+)
+def test_raw_output_is_the_same_events_whose_output_is_not_decoded_yet(
+    said: list[str], kinds: list[str], places: list[int]
+) -> None:
+    events: list[AnyEvent] = []
+    for number, (text, kind) in enumerate(zip(said, kinds, strict=False)):
+        match kind:
+            case "token":
+                events.append(token(text, number))
+            case "chunk":
+                events.append(Chunk(message=text, index=number, event_id="1-1", data=NULL, **COMMON))
+            case _:
+                events.append(Narration(action="said", message=text, **COMMON))
+    body = b"".join(on_firehose(event, seq) + PING for seq, event in enumerate(events, 1))
+    parser = FirehoseParser()
+    got = [event for chunk in cut(body, places) for event in parser.feed_raw(chunk)]
+
+    assert [isinstance(event, bytes) for event in got] == [event.kind == "output" for event in events]
+    assert [decode_event(event) if isinstance(event, bytes) else event for event in got] == events
+    assert parser.last_event_id == (f"ab12-{len(events)}" if events else None)
+
+
+@pytest.mark.parametrize(
+    ("action", "data"),
+    [("infer_schedule", {"because": "a newer queen"}), ("model_download_progress", 7), ("warning", [])],
+)
+def test_narration_of_a_newer_version_is_free_narration(action: str, data: Any) -> None:
+    """Dropped here, it was missed, and reading the job's own stream for it failed the job."""
+    event = Narration(action=action, message="Hi.", formatted="[x] Hi.", data=data, **COMMON)
+    parser = FirehoseParser()
+
+    assert parser.feed(frame(event, 1)) == parser.feed_raw(frame(event, 2)) == [event]
+    assert parser.undecodable == 0
+
+
+@pytest.mark.parametrize("action", ["execute", "error", "execute_error", "token", "chunk"])
+def test_what_is_acted_on_is_never_taken_for_free_narration(action: str) -> None:
+    event = Narration(action=action, message="Hi.", data=7, **COMMON)
+
+    with pytest.raises(msgspec.ValidationError):
+        decode_any_event(encode_event(event))
 
 
 def test_every_single_byte_boundary() -> None:

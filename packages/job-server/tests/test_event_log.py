@@ -230,6 +230,6 @@ async def test_a_reader_that_stops_waiting_leaves_nothing_behind() -> None:
         with anyio.move_on_after(0.001):
             await reader.wait()
 
-    assert not log._waiters
+    assert not log._listeners
     log.append(END)
     await asyncio.wait_for(reader.wait(), 1)

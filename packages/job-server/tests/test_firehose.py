@@ -42,7 +42,7 @@ def start_job(firehose: Firehose) -> Job:
         unknown_fields={},
         actor="worker/w1",
         clock=ManualClock(),
-        publish=firehose.publish,
+        publisher=firehose,
     )
     job.start()
     return job

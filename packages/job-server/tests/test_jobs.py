@@ -5,13 +5,22 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from rbee_inprocess import Frame, ManualClock, actions, frames_of
 
 from rbee_contracts.errors import RbeeError
-from rbee_contracts.events import EVENTS, AnyEvent, Decision, Placement, Usage
+from rbee_contracts.events import (
+    EVENTS,
+    AnyEvent,
+    Decision,
+    Placement,
+    Token,
+    Usage,
+    decode_event,
+    encode_event,
+)
 from rbee_contracts.ids import new_job_id
 from rbee_contracts.operations import Infer, Operation, Status
 from rbee_contracts.sse import START, Position
@@ -26,11 +35,26 @@ TERMINAL_STATES = {
 }
 
 
+class Published:
+    """What a job publishes; of output there is its JSON only."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[AnyEvent, bytes, Position]] = []
+
+    def publish(self, event: AnyEvent, body: bytes, position: Position) -> None:
+        self.events.append((event, body, position))
+
+    def publish_output(self, body: bytes, narrations: int, outputs: int) -> None:
+        self.events.append((decode_event(body), body, Position(narrations, outputs)))
+
+
 def make_job(
-    operation: Operation | None = None, unknown_fields: dict[str, str | None] | None = None
+    operation: Operation | None = None,
+    unknown_fields: dict[str, str | None] | None = None,
+    actor: str = "queen",
 ) -> tuple[Job, list[tuple[AnyEvent, bytes, Position]]]:
     """Give a job and what it publishes."""
-    published: list[tuple[AnyEvent, bytes, Position]] = []
+    published = Published()
     job = Job(
         job_id=new_job_id(),
         seq=1,
@@ -39,11 +63,11 @@ def make_job(
         idempotency_key=None,
         policy=JobPolicy(starts_at_once=False, resume_window_s=None, timeout_s=9.0),
         unknown_fields=unknown_fields or {},
-        actor="queen",
+        actor=actor,
         clock=ManualClock(),
-        publish=lambda *event: published.append(event),
+        publisher=published,
     )
-    return job, published
+    return job, published.events
 
 
 def read(job: Job) -> list[Frame]:
@@ -176,6 +200,38 @@ def test_tokens_are_counted_from_nought() -> None:
         ("1-2", 1),
         ("1-3", 2),
     ]
+
+
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=9), max_size=6),
+    actor=st.sampled_from(["worker/w1", 'worker/"x"\\']),
+)
+def test_tokens_are_to_the_byte_what_encoding_them_gives(texts: list[str], actor: str) -> None:
+    job, published = make_job(actor=actor)
+    for text in texts:
+        job.emit_token(text)
+    common: dict[str, Any] = {
+        "actor": actor,
+        "job_id": job.id,
+        "correlation_id": "corr-1",
+        "timestamp": ManualClock().timestamp(),
+    }
+    expected = [encode_event(Token(message=text, index=index, **common)) for index, text in enumerate(texts)]
+
+    assert [body for _, body, _ in published] == expected
+    assert job.reader(START).take() == b"".join(
+        b"id: 0-%d\ndata: %b\n\n" % (index, body) for index, body in enumerate(expected, 1)
+    )
+
+
+def test_a_token_that_cannot_be_said_changes_nothing() -> None:
+    job, published = make_job()
+
+    with pytest.raises(UnicodeEncodeError):
+        job.emit_token("\ud800")
+
+    assert published == []
+    assert job.outputs == 0
 
 
 def test_every_event_carries_what_events_carry() -> None:

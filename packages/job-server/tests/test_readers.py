@@ -130,9 +130,14 @@ class Blocked:
         self.aborted = anyio.Event()
         self._free = free
 
+    error: Exception | None = None
+
     @property
     def scope(self) -> Scope:
-        return {"type": "http", "extensions": {CONNECTION: {"abort": self.aborted.set}}}
+        return {"type": "http", "extensions": {CONNECTION: {"connection": self}}}
+
+    def abort(self) -> None:
+        self.aborted.set()
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.body":
@@ -234,7 +239,7 @@ async def test_readers_leave_in_a_crowd_and_nothing_of_them_stays(count: int, pr
             await eventually(lambda: open_files() <= files, "their connections are gone")
             assert job.state == "running"
             assert job.log is not None
-            assert not job.log._waiters
+            assert not job.log._listeners
 
 
 # --- readers that vanish -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from hypothesis import given, settings
@@ -28,6 +29,7 @@ from rbee_inprocess import (
 from rbee_contracts.errors import NotFound, RbeeError, Unavailable, WorkerLost
 from rbee_contracts.events import (
     AnyEvent,
+    Chunk,
     DownloadProgress,
     Error,
     Execute,
@@ -37,15 +39,18 @@ from rbee_contracts.events import (
     ModelDownloadProgress,
     Narration,
     Token,
+    TokenData,
     decode_event,
     encode_event,
 )
 from rbee_contracts.ids import hop_job_id, step_key
-from rbee_contracts.jobs import JobAccepted, JobRecord
+from rbee_contracts.jobs import JobAccepted, JobRecord, JobState
 from rbee_contracts.operations import Infer, OpenAI, Operation, Status
 from rbee_contracts.sse import START, Position
 from rbee_job_client import JobClient, Timeouts
+from rbee_job_client.frames import FirehoseParser
 from rbee_job_server import JobContext, JobServer, LowerJobFailed, Relay, Submission
+from rbee_job_server.firehose import Firehose
 from rbee_job_server.jobs import CancelReason, Job
 
 
@@ -334,6 +339,7 @@ async def test_a_lower_service_that_cannot_be_reached_fails_the_job(monkeypatch:
         assert frames[-3].json["code"] == "unreachable"
         assert frames[-3].json["retryable"] is True
         both.wire.refusing = False
+        await eventually(both.relay._connected.is_set, "it is followed again")
         assert actions(await both.upper.read(await both.upper.submit(infer("a"))))[-2] == "execute_complete"
 
 
@@ -362,6 +368,7 @@ class MadeUpService:
         self.accepted = False
         self.cancelled: list[str] = []
         self.read_from: list[Position] = []
+        self.state: JobState = "running"
 
     def say(self, event: Callable[..., AnyEvent], **fields: Any) -> AnyEvent:
         n, i = self.log[-1][0] if self.log else START
@@ -393,15 +400,14 @@ class MadeUpService:
         self.cancelled.append(job_id)
         return True
 
-    async def follow(
-        self, *, output: bool = False, on_connection: Callable[[bool], None] | None = None
-    ) -> AsyncIterator[list[AnyEvent]]:
-        assert output
+    async def follow_raw(
+        self, *, on_connection: Callable[[bool], None] | None = None
+    ) -> AsyncIterator[list[AnyEvent | bytes]]:
         assert on_connection
         on_connection(True)
         async with self._receive:
             async for batch in self._receive:
-                yield batch
+                yield list(batch)
 
     async def get(self, job_id: str) -> JobRecord:
         if not self.accepted:
@@ -409,7 +415,7 @@ class MadeUpService:
         return JobRecord(
             job_id=job_id,
             operation="status",
-            state="running",
+            state=self.state,
             correlation_id="corr-1",
             created_at="",
             position=str(self.log[-1][0]) if self.log else None,
@@ -429,6 +435,34 @@ class MadeUpService:
                     yield at, event
             elif at.narrations > position.narrations:
                 yield at, event
+
+
+class RawMadeUpService(MadeUpService):
+    """The same, whose output comes as its bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = 0
+
+    async def follow_raw(
+        self, *, on_connection: Callable[[bool], None] | None = None
+    ) -> AsyncIterator[list[AnyEvent | bytes]]:
+        parser, seq = FirehoseParser(), 0
+        async for batch in super().follow_raw(on_connection=on_connection):
+            chunk = b""
+            for event in batch:
+                assert not isinstance(event, bytes)
+                seq += 1
+                chunk += b"id: ab12-%d\ndata: %b\n\n" % (seq, on_firehose(event))
+            given = parser.feed_raw(chunk)
+            self.raw += sum(isinstance(event, bytes) for event in given)
+            yield given
+
+
+def on_firehose(event: AnyEvent) -> bytes:
+    """The event's JSON as the firehose has it: with its place first."""
+    place = b'"event_id":"%b",' % event.event_id.encode() if event.event_id else b""
+    return b"{" + place + encode_event(msgspec.structs.replace(event, event_id=None))[1:]
 
 
 @asynccontextmanager
@@ -464,17 +498,18 @@ fates = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(said=said, fates=fates, batch=st.integers(1, 4), ends_well=st.booleans())
+@given(said=said, fates=fates, batch=st.integers(1, 4), ends_well=st.booleans(), raw=st.booleans())
 def test_any_loss_and_doubling_on_the_firehose_is_mended(
-    said: list[str], fates: list[str], batch: int, ends_well: bool
+    said: list[str], fates: list[str], batch: int, ends_well: bool, raw: bool
 ) -> None:
     async def walk() -> None:
-        below = MadeUpService()
+        below = RawMadeUpService() if raw else MadeUpService()
         async with relaying(below) as (job, relay):
             sent: list[AnyEvent] = [below.say(Execute, message="go", formatted="")]
             for number, kind in enumerate(said):
                 if kind == "token":
-                    sent.append(below.say(Token, message=f"{number} ", index=0))
+                    index = below.log[-1][0].outputs
+                    sent.append(below.say(Token, message=f"{number} ", index=index))
                 else:
                     sent.append(below.say(Narration, action="said", message=f"{number} "))
             if ends_well:
@@ -511,6 +546,168 @@ def test_any_loss_and_doubling_on_the_firehose_is_mended(
         else:
             assert actions(frames)[-3:] == ["error", "execute_error", "[DONE]"]
             assert frames[-3].json["code"] == "bad"
+
+    run_counted(walk)
+
+
+HARD_TEXTS = [
+    '","job_id":"job-00000000-0000-4000-8000-000000000000","correlation_id":"',
+    '\\","job_id":"',
+    '{"job_id":"',
+    '"',
+    "\\",
+    '\\\\"',
+    "\x00\x1f\x7f",
+    "\r\n\n",
+    "\u2028\U0001f980é",
+    '","index":7}',
+    "",
+]
+hard_texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(HARD_TEXTS)
+outputs = st.lists(
+    st.tuples(
+        st.sampled_from(
+            [
+                *["token"] * 4,
+                *["chunk"] * 2,
+                "chunk without data",
+                "token with data",
+                "repeated token",
+                "token of another index",
+                "narration",
+            ]
+        ),
+        hard_texts,
+    ),
+    max_size=12,
+)
+
+
+def say_output(below: MadeUpService, kind: str, text: str) -> AnyEvent:
+    index = below.log[-1][0].outputs
+    data = msgspec.Raw(b'{"x":[1.50,{"job_id":"job-1"}],"y":' + msgspec.json.encode(text) + b"}")
+    match kind:
+        case "token":
+            return below.say(Token, message=text, index=index)
+        case "token with data":
+            return below.say(Token, message=text, index=index, data=TokenData(choice=1))
+        case "repeated token":
+            return below.say(Token, message=text, index=index, repeated=True)
+        case "token of another index":
+            return below.say(Token, message=text, index=index + 3)
+        case "chunk":
+            return below.say(Chunk, message=text, index=index, data=data)
+        case "chunk without data":
+            return below.say(Chunk, message=text, index=index)
+    return below.say(Narration, action="said", message=text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(outputs=outputs, batch=st.integers(1, 5))
+def test_output_that_is_passed_on_is_what_decoding_it_would_have_given(
+    outputs: list[tuple[str, str]], batch: int
+) -> None:
+    async def walk(below: MadeUpService) -> tuple[bytes, bytes]:
+        async with relaying(below) as (job, _):
+            firehose = job._publisher
+            assert isinstance(firehose, Firehose)
+            follower = firehose.follow(None, output=True)
+            sent = [below.say(Execute, message="go", formatted="")]
+            sent += [say_output(below, kind, text) for kind, text in outputs]
+            sent.append(below.say(ExecuteComplete, message="end", formatted=""))
+            for start in range(0, len(sent), batch):
+                await below.send.send(sent[start : start + batch])
+                await asyncio.sleep(0)
+            await ended(job)
+            # Without what begins it, and without its ids, which are this service's.
+            told = b"\n".join(frame.partition(b"\n")[2] for frame in follower.take().split(b"\n\n")[1:])
+            own = job.reader(START).take()
+            return own.replace(job.id.encode(), b"JOB"), told.replace(job.id.encode(), b"JOB")
+
+    results = []
+    raw = RawMadeUpService()
+    for below in (raw, MadeUpService()):
+
+        async def run(below: MadeUpService = below) -> None:
+            results.append(await walk(below))
+
+        run_counted(run)
+
+    assert results[0] == results[1]
+    assert raw.raw == sum(kind != "narration" for kind, _ in outputs)
+
+
+def test_plain_output_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rbee_job_server import relay as module
+
+    decoded: list[bytes] = []
+
+    def decode(body: bytes) -> AnyEvent:
+        decoded.append(body)
+        return decode_event(body)
+
+    monkeypatch.setattr(module, "decode_event", decode)
+
+    async def walk() -> None:
+        below = RawMadeUpService()
+        async with relaying(below) as (job, _):
+            await below.send.send([below.say(Execute, message="go", formatted="")])
+            for index, text in enumerate(HARD_TEXTS):
+                await below.send.send([below.say(Token, message=text, index=index)])
+            await below.send.send([say_output(below, "chunk", "x")])
+            await below.send.send([say_output(below, "token with data", "the last")])
+            await below.send.send([below.say(ExecuteComplete, message="end", formatted="")])
+            await ended(job)
+
+            assert text_of(read(job)) == "".join(HARD_TEXTS) + "the last"
+
+    run_counted(walk)
+    assert len(decoded) == 1
+    assert b"the last" in decoded[0]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"event_id":"1-1","action":"token","message":"x","actor":"w","job_id":"JOB"',
+        b'{"event_id":"1-1","action":"token","message":"x","job_id":"JOB","actor":"w"}',
+        b'{"event_id":"1-1","action":"token","message":"x","actor":"w","job_id":"JOB","correlation_id":"c",'
+        b'"timestamp":"t","index":00}',
+        b'{"event_id":"1-1","action":"token","message":"\xff","actor":"w","job_id":"JOB","correlation_id":"c",'
+        b'"timestamp":"t","index":0}',
+        b'{"event_id":"1-1","action":"token","message":"\\ud800","actor":"w","job_id":"JOB",'
+        b'"correlation_id":"c","timestamp":"t","index":0}',
+        b"nonsense",
+    ],
+)
+def test_bytes_that_are_no_plain_output_are_never_passed_on(body: bytes) -> None:
+    async def walk() -> None:
+        below = MadeUpService()
+        async with relaying(below) as (job, relay):
+            await below.send.send([below.say(Execute, message="go", formatted="")])
+            await asyncio.sleep(0)
+            relay._pass_on(body.replace(b"JOB", below.job_id.encode()))
+            await below.send.send([below.say(Token, message="after", index=0)])
+            await below.send.send([below.say(ExecuteComplete, message="end", formatted="")])
+            await ended(job)
+
+            assert text_of(read(job)) == "after"
+
+    run_counted(walk)
+
+
+def test_output_of_a_job_that_has_too_much_is_refused_on_the_short_way_too() -> None:
+    async def walk() -> None:
+        below = RawMadeUpService()
+        async with relaying(below) as (job, _):
+            await below.send.send([below.say(Execute, message="go", formatted="")])
+            for index in range(18):
+                await below.send.send([below.say(Token, message="x" * 2**20, index=index)])
+            await ended(job)
+
+            assert job.error is not None
+            assert job.error.code == "output_too_large"
+            assert job.outputs == 15
 
     run_counted(walk)
 
@@ -624,6 +821,83 @@ def test_a_lower_job_that_is_no_longer_known_is_lost() -> None:
 
             assert actions(frames) == ["execute", "token", "error", "execute_error", "[DONE]"]
             assert frames[-2].json["code"] == "job_lost"
+
+    run_counted(walk)
+
+
+def test_a_lower_job_that_is_forgotten_before_it_spoke_is_sent_again_under_the_same_key() -> None:
+    """What the first run narrated is not told twice, though the second says less of it."""
+
+    async def walk() -> None:
+        below = MadeUpService()
+        async with relaying(below) as (job, relay):
+            await below.send.send([below.say(Execute, message="go", formatted="")])
+            for number in range(4):
+                said = below.say(Narration, action="loading", message=f"{number}")
+                await below.send.send([said])
+            await eventually(lambda: "loading" in actions(read(job)), "it is passed on")
+            key, below.submitted = below.job_id, anyio.Event()
+            below.log.clear()
+            below.accepted = False
+            await below.send.send([GAP])
+            await below.submitted.wait()
+            assert below.job_id == key
+            await below.send.send([below.say(Execute, message="go", formatted="")])
+            await below.send.send([below.say(Narration, action="loading", message="0")])
+            await below.send.send([below.say(ExecuteComplete, message="end", formatted="", data="result")])
+            await ended(job)
+            frames = read(job)
+            assert relay.steps == 0
+
+        assert actions(frames) == ["execute", *["loading"] * 4, "warning", "execute_complete", "[DONE]"]
+        assert "had forgotten this job before it said anything" in frames[5].json["message"]
+        assert frames[-2].json["data"] == "result"
+        assert below.cancelled == []
+
+    run_counted(walk)
+
+
+def test_a_lower_job_that_is_sent_again_and_ends_at_once_is_read_to_its_end() -> None:
+    async def walk() -> None:
+        below = MadeUpService()
+        async with relaying(below) as (job, _):
+            await below.send.send([below.say(Execute, message="go", formatted="")])
+            await below.send.send([below.say(Narration, action="loading", message="1")])
+            await eventually(lambda: "loading" in actions(read(job)), "it is passed on")
+            below.log.clear()
+            below.accepted = False
+            below.answer_submit = anyio.Event()
+            await below.send.send([GAP])
+            below.say(Token, message="all", index=0)
+            below.say(ExecuteComplete, message="end", formatted="", data=7)
+            below.state = "completed"
+            below.answer_submit.set()
+            await ended(job)
+            frames = read(job)
+
+        assert actions(frames) == ["execute", "loading", "warning", "token", "execute_complete", "[DONE]"]
+        assert below.read_from[-1] == START
+
+    run_counted(walk)
+
+
+def test_a_lower_job_that_is_forgotten_twice_or_cannot_be_sent_again_fails_and_never_hangs() -> None:
+    async def walk() -> None:
+        below = MadeUpService()
+
+        async def refuse(*_: Any, **__: Any) -> JobAccepted:
+            raise Unavailable("The hive is draining.", code="draining")
+
+        async with relaying(below) as (job, _):
+            await below.send.send([below.say(Execute, message="go", formatted="")])
+            await anyio.sleep(1)
+            below.accepted = False
+            below.submit = refuse  # type: ignore[method-assign]
+            await below.send.send([GAP])
+            await ended(job)
+
+            assert actions(read(job)) == ["execute", "warning", "error", "execute_error", "[DONE]"]
+            assert read(job)[-2].json["code"] == "draining"
 
     run_counted(walk)
 

@@ -270,6 +270,49 @@ async def test_a_malformed_key_is_refused(service: Running, key: str | bytes) ->
 # --- streams -------------------------------------------------------------------------------------------
 
 
+async def test_a_path_with_a_slash_more_is_no_route_and_no_redirect(service: Running) -> None:
+    """It was a 307, which many clients answer by sending the body again, or not at all."""
+    answer = await service.http.post("/v1/jobs/", json={"operation": "status"})
+
+    assert (answer.status_code, answer.json()["code"]) == (404, "route_not_found")
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        ("application/json", 200),
+        ("Application/JSON; charset=utf-8", 200),
+        ("application/vnd.rbee+json", 200),
+        ("", 200),
+        ("text/plain", 415),
+        ("application/x-www-form-urlencoded", 200),  # as `curl -d` says of all that it sends
+        ("multipart/form-data; boundary=x", 415),
+        ("text/json+json", 415),
+    ],
+)
+async def test_what_says_that_it_is_no_json_is_refused(
+    service: Running, content_type: str, status: int
+) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    answer = await service.http.post("/v1/jobs", content=b'{"operation":"status"}', headers=headers)
+
+    assert answer.status_code == status
+    assert answer.json().get("code") == ("unsupported_media_type" if status == 415 else None)
+
+
+async def test_head_tells_of_a_stream_and_starts_nothing(service: Running) -> None:
+    job_id = await service.submit(INFER)
+    answer = await service.http.head(f"/v1/jobs/{job_id}/stream")
+    firehose = await service.http.head("/v1/events")
+
+    assert (answer.status_code, answer.content) == (firehose.status_code, firehose.content) == (200, b"")
+    assert answer.headers["content-type"] == firehose.headers["content-type"]
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    job = service.server.registry.get(job_id)
+    assert (job.state, job.readers, service.server.firehose._followers) == ("pending", 0, 0)
+    assert (await service.http.head("/v1/jobs/job-unknown/stream")).status_code == 404
+
+
 async def test_resuming_gives_exactly_the_rest_from_every_place(service: Running) -> None:
     job_id = await service.submit(INFER)
     frames = await service.read(job_id)
@@ -607,7 +650,8 @@ async def test_no_body_is_a_crash(service: Running, body: bytes, content_type: s
     """F48."""
     answer = await service.http.post("/v1/jobs", content=body, headers={"Content-Type": content_type})
 
-    assert answer.status_code in (200, 400, 501)
+    assert answer.status_code in (200, 400, 415, 501)
+    assert (answer.status_code == 415) is (content_type in ("text/plain", "multipart/form-data"))
     assert "correlation_id" in answer.json() or "job_id" in answer.json()
 
 

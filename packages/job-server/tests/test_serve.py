@@ -1,5 +1,6 @@
 """A whole service as a process: how it starts, stops, fails, and what it logs."""
 
+import gc
 import json
 import re
 import signal
@@ -15,6 +16,8 @@ from typing import Any
 import httpx
 import pytest
 from rbee_inprocess import PATIENCE_S, Frame, actions, frames_of
+
+from rbee_job_server.serve import COLLECT_AFTER, _spare_collector
 
 SCRIPT = Path(__file__).parent / "small_service.py"
 
@@ -204,6 +207,16 @@ def test_a_taken_port_is_one_clear_line() -> None:
     assert re.fullmatch(
         rf"cannot listen on 127\.0\.0\.1:{port}: Address already in use\. .+\n", result.stderr
     )
+
+
+def test_the_collector_is_spared_what_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[object] = []
+    monkeypatch.setattr(gc, "collect", lambda: called.append("collect"))
+    monkeypatch.setattr(gc, "freeze", lambda: called.append("freeze"))
+    monkeypatch.setattr(gc, "set_threshold", lambda *thresholds: called.append(thresholds))
+    _spare_collector()
+
+    assert called == ["collect", "freeze", COLLECT_AFTER]
 
 
 def test_small_answers_are_not_held_back(start: Callable[..., Process]) -> None:

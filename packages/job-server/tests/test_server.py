@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
 import anyio
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,7 +109,7 @@ def test_any_coming_and_going_of_readers(steps: list[str | int], kind: str, asyn
     """Walks a job and a model of the rules side by side."""
     operation: Operation = {
         "infer": Infer(model="m", prompt="p", resume_window_s=WINDOW_S, timeout_s=TIMEOUT_S),
-        "openai": OpenAI(endpoint="/v1/completions", body={}, timeout_s=TIMEOUT_S),
+        "openai": OpenAI(endpoint="/v1/completions", body=msgspec.Raw(b"{}"), timeout_s=TIMEOUT_S),
         "status": Status(timeout_s=TIMEOUT_S),
     }[kind]
     window = None if asynchronous else {"infer": WINDOW_S, "openai": 0.0, "status": None}[kind]
@@ -683,6 +684,20 @@ def test_a_finished_log_is_kept_ten_minutes_and_longer_while_it_is_read() -> Non
             assert len(server.registry) == 2
 
     run_counted(walk)
+
+
+@pytest.mark.anyio
+async def test_a_finished_job_keeps_nothing_that_only_a_running_one_needs() -> None:
+    async def handler(_: Operation, context: JobContext) -> None:
+        context.emit_token("x")
+
+    async with serving(handler) as server:
+        job = submit(server, Status(timeout_s=9), respond_async=True)
+        await eventually(lambda: job.scope is None and job.is_finished, "it has ended")
+
+        assert (job.timer, job.deadline_timer, job._staging, job._said_before) == (None,) * 4
+        assert job._token_fields == b""
+        assert not hasattr(job, "__dict__")
 
 
 @pytest.mark.anyio

@@ -2,10 +2,11 @@
 
 import asyncio
 import random
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import aiohttp
 import httpx
@@ -15,12 +16,13 @@ from httpx_sse import EventSource, SSEError
 from msgspec import Struct
 
 from rbee_contracts.errors import ErrorBody
-from rbee_contracts.events import AnyEvent, decode_event
+from rbee_contracts.events import AnyEvent
 from rbee_contracts.jobs import DONE, JobAccepted, JobPage, JobRecord
 from rbee_contracts.operations import Operation, encode_operation
 from rbee_contracts.sse import START, Position, parse_event_id
 from rbee_job_client.errors import ProtocolError, Rejected, StreamCut, Unreachable
-from rbee_job_client.frames import FirehoseParser
+from rbee_job_client.frames import FirehoseParser, decode_any_event
+from rbee_job_client.sockets import open_socket
 
 
 class Timeouts(Struct, frozen=True, kw_only=True):
@@ -54,7 +56,24 @@ def backoff_s() -> Iterator[float]:
 
 
 class _Transport(AiohttpTransport):
-    """aiohttp under httpx. What httpx-aiohttp leaves as it is, an answer that is not HTTP, is mapped too."""
+    """aiohttp under httpx, with sockets of our own.
+
+    What httpx-aiohttp leaves as it is, an answer that is not HTTP, is mapped too.
+    """
+
+    def __init__(self, *, is_tls: bool) -> None:
+        # Loading the system's certificates takes 20 ms. Without TLS nothing is trusted instead: a context
+        # that has no certificate cannot open a connection.
+        verify = True if is_tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        super().__init__(verify=verify, trust_env=False, client=self._open_session)
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        # 0 is aiohttp's "no limit"; idle connections are given up before the services close them after
+        # 5 s, or a submit could meet the close.
+        connector = aiohttp.TCPConnector(
+            ssl=self.ssl_context, limit=0, keepalive_timeout=4.0, socket_factory=open_socket
+        )
+        return aiohttp.ClientSession(connector=connector)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         try:
@@ -85,16 +104,14 @@ class JobClient:
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self._timeouts = timeouts or Timeouts()
-        # 0 is aiohttp's "no limit" (None would be 100); idle connections are given up before the
-        # services close them after 5 s, or a submit could meet the close.
-        limits = httpx.Limits(max_connections=0, keepalive_expiry=4.0)
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._transport = transport or _Transport(is_tls=self.base_url.startswith("https:"))
+        # For streams; `_request` speaks to the transport itself.
         self._http = httpx.AsyncClient(
-            base_url=self.base_url,
-            headers={} if token is None else {"Authorization": f"Bearer {token}"},
-            transport=transport or _Transport(limits=limits, trust_env=False),
-            timeout=httpx.Timeout(self._timeouts.request, connect=self._timeouts.connect),
-            trust_env=False,
+            base_url=self.base_url, headers=self._headers, transport=self._transport, trust_env=False
         )
+        self._jobs_url = httpx.URL(f"{self.base_url}/v1/jobs")
+        self._request_timeout = httpx.Timeout(self._timeouts.request, connect=self._timeouts.connect)
         self._stream_timeout = httpx.Timeout(self._timeouts.read, connect=self._timeouts.connect)
 
     async def __aenter__(self) -> Self:
@@ -128,7 +145,7 @@ class JobClient:
         if time_left_s is not None:
             headers["X-Deadline-Ms"] = str(int(time_left_s * 1000))
         response = await self._request(
-            "POST", "/v1/jobs", content=encode_operation(operation), headers=headers
+            "POST", self._jobs_url, content=encode_operation(operation), headers=headers
         )
         return _decode(response, JobAccepted)
 
@@ -161,13 +178,15 @@ class JobClient:
 
     async def get_json(self, path: str, type_: type[T], *, timeout_s: float | None = None) -> T:
         """Give the answer of another route of the service, decoded as `type_`."""
-        options = {} if timeout_s is None else {"timeout": timeout_s}
-        return _decode(await self._request("GET", path, **options), type_)
+        timeout = None if timeout_s is None else httpx.Timeout(timeout_s)
+        return _decode(await self._request("GET", path, timeout=timeout), type_)
 
-    async def post_json(self, path: str, body: object) -> None:
+    async def post_json(self, path: str, body: object, *, timeout_s: float | None = None) -> None:
         """Post a struct to another route of the service."""
         headers = {"Content-Type": "application/json"}
-        await self._request("POST", path, content=msgspec.json.encode(body), headers=headers)
+        timeout = None if timeout_s is None else httpx.Timeout(timeout_s)
+        content = msgspec.json.encode(body)
+        await self._request("POST", path, content=content, headers=headers, timeout=timeout)
 
     # --- streams ---------------------------------------------------------------------------------------
 
@@ -230,7 +249,7 @@ class JobClient:
             async for event in events:
                 yield event
 
-    async def follow(
+    def follow(
         self,
         *,
         output: bool = False,
@@ -242,6 +261,22 @@ class JobClient:
         when the connection is lost.
         """
         parser = FirehoseParser()
+        return self._follow(parser, parser.feed, output, on_connection)
+
+    def follow_raw(
+        self, *, on_connection: Callable[[bool], None] | None = None
+    ) -> AsyncIterator[list[AnyEvent | bytes]]:
+        """As `follow` with output, which is left as the JSON that came: for whoever passes it on."""
+        parser = FirehoseParser()
+        return self._follow(parser, parser.feed_raw, True, on_connection)
+
+    async def _follow(
+        self,
+        parser: FirehoseParser,
+        feed: Callable[[bytes], list[T]],
+        output: bool,
+        on_connection: Callable[[bool], None] | None,
+    ) -> AsyncIterator[list[T]]:
         delays = backoff_s()
         path = "/v1/events?output=1" if output else "/v1/events"
         while True:
@@ -253,7 +288,7 @@ class JobClient:
                 ) as response:
                     await _raise_for_status(response)
                     async for chunk in response.aiter_raw():
-                        events = parser.feed(chunk)
+                        events = feed(chunk)
                         if not connected and parser.last_event_id is not None:
                             connected = True
                             delays = backoff_s()
@@ -309,7 +344,7 @@ class JobClient:
                             return
                         try:
                             position = parse_event_id(frame.id)
-                            event = decode_event(frame.data)
+                            event = decode_any_event(frame.data)
                         except (ValueError, msgspec.DecodeError) as exc:
                             raise ProtocolError(
                                 f"{self.base_url} sent a frame that is no event: {exc}"
@@ -319,9 +354,36 @@ class JobClient:
             raise StreamCut(f"{self.base_url}: {_reason(exc)}.") from exc
         raise StreamCut(f"{self.base_url} closed the stream before its end.")
 
-    async def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
+    async def _request(
+        self,
+        method: str,
+        url: httpx.URL | str,
+        *,
+        params: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+        content: bytes | None = None,
+        timeout: httpx.Timeout | None = None,
+    ) -> httpx.Response:
+        """Ask for an answer that is read whole.
+
+        Straight from the transport: a client's cookies, redirects and authentication, of which we have
+        none, cost a hop's submit as much again.
+        """
+        request = httpx.Request(
+            method,
+            url if isinstance(url, httpx.URL) else self.base_url + url,
+            params=params,
+            headers=self._headers | (headers or {}),
+            content=content,
+            extensions={"timeout": (timeout or self._request_timeout).as_dict()},
+        )
         try:
-            response = await self._http.request(method, path, **options)
+            response = await self._transport.handle_async_request(request)
+            response.request = request
+            try:
+                await response.aread()
+            finally:
+                await response.aclose()
         except httpx.HTTPError as exc:
             raise Unreachable(
                 f"No answer from {self.base_url} ({_reason(exc)}). Is it running there?"

@@ -142,6 +142,8 @@ class Access:
 
     def _has_token(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
+        if not given:  # Anthropic's clients bring it in a header of its own
+            given = [b"Bearer " + value for name, value in scope["headers"] if name == b"x-api-key"]
         if len(given) != 1 or self._digest is None:
             return False
         kind, _, token = given[0].partition(b" ")

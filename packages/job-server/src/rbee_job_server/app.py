@@ -56,12 +56,12 @@ def build_app(
             ServiceInfo(name=name, id=service_id, version=version, boot=server.boot, uptime_s=uptime_s)
         )
 
-    return Starlette(
+    app = Starlette(
         routes=[
+            *job_routes(server, gate.tickets),  # first: a router tries one after the other
             Route("/health", health),
             Route("/ready", ready),
             Route("/v1/info", info),
-            *job_routes(server, gate.tickets),
             *routes,
         ],
         middleware=[
@@ -71,3 +71,5 @@ def build_app(
         ],
         exception_handlers=EXCEPTION_HANDLERS,
     )
+    app.router.redirect_slashes = False  # a path with one more slash is another path: 404
+    return app

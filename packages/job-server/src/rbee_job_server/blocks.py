@@ -10,7 +10,8 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from rbee_contracts.sse import Position
 
@@ -36,8 +37,11 @@ _MICROS_BYTES = len("000000")
 _TIME_BYTES = _SECOND_BYTES + _MICROS_BYTES
 
 
-class Entry(NamedTuple):
-    """One event as it goes out on the job's stream, and where it stands. A replaced one has no frame."""
+class Entry(Struct, frozen=True, gc=False):
+    """One event as it goes out on the job's stream, and where it stands. A replaced one has no frame.
+
+    There is one for each token, so it is kept out of the garbage collector's rounds.
+    """
 
     narrations: int
     outputs: int
@@ -52,6 +56,10 @@ class Entry(NamedTuple):
     @property
     def size(self) -> int:
         return len(self.frame) + ENTRY_BYTES
+
+    def is_new_to(self, had: Position) -> bool:
+        """Whether a reader who has had all up to `had` has not had this."""
+        return self.outputs > had.outputs if self.is_output else self.narrations > had.narrations
 
 
 class TokenRun:
@@ -171,7 +179,7 @@ def _run_at(entries: Sequence[Entry], at: int) -> TokenRun | None:
 
     A run ends where its ids get one more digit, so that all its texts begin at the same place.
     """
-    narrations, first, _, frame = entries[at]
+    narrations, first, frame = entries[at].narrations, entries[at].outputs, entries[at].frame
     text_at = len(_HEAD % (narrations, first))
     end = len(frame) - len(_END % (first - 1)) - _TIME_BYTES
     common = frame[frame.rfind(_ACTOR, text_at, max(0, end)) : max(0, end)]
@@ -181,7 +189,8 @@ def _run_at(entries: Sequence[Entry], at: int) -> TokenRun | None:
     seconds: list[int] = []
     micros: list[bytes] = []
     most = 10 ** len(str(first)) - first
-    for outputs, (_, _, is_output, frame) in enumerate(entries[at : at + most], first):
+    for outputs, entry in enumerate(entries[at : at + most], first):
+        frame = entry.frame
         tail = _END % (outputs - 1)
         end = len(frame) - len(tail) - _MICROS_BYTES
         if not timed or not frame.startswith(timed, end - len(timed)):
@@ -190,7 +199,7 @@ def _run_at(entries: Sequence[Entry], at: int) -> TokenRun | None:
             if found is None:
                 break
             second = found * 1_000_000
-        if not (is_output and frame.endswith(tail) and frame.startswith(_TOKEN, text_at - len(_TOKEN))):
+        if not (entry.is_output and frame.endswith(tail) and frame.startswith(_TOKEN, text_at - len(_TOKEN))):
             break
         texts.append(frame[text_at : end - len(timed)])
         seconds.append(second)

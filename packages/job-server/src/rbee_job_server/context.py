@@ -3,7 +3,7 @@
 from contextvars import ContextVar
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from rbee_contracts.events import TokenData
 from rbee_job_server.clock import Clock
@@ -49,6 +49,9 @@ class JobContext:
 
     def emit_token(self, text: str, data: TokenData | None = None) -> None:
         self._job.emit_token(text, data)
+
+    def emit_chunk(self, data: Raw, event: str = "") -> None:
+        self._job.emit_chunk(data, event)
 
 
 def enter(context: JobContext) -> None:

@@ -28,8 +28,17 @@ from rbee_job_server.correlation import correlation_id_of
 
 log = structlog.get_logger(__name__)
 
+
+class NotJson(InvalidRequest):
+    """The body says of itself that it is something else."""
+
+    title = "Unsupported media type"
+    default_code = "unsupported_media_type"
+
+
 STATUS: dict[type[RbeeError], int] = {
     InvalidRequest: 400,
+    NotJson: 415,
     Unauthorized: 401,
     Forbidden: 403,
     NotFound: 404,

@@ -2,7 +2,9 @@
 
 import asyncio
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+
+import msgspec
 
 from rbee_contracts.errors import RbeeError
 from rbee_contracts.events import AnyEvent, ModelDownloadProgress, encode_event
@@ -39,9 +41,9 @@ class EventLog:
         "_block_events",
         "_blocks",
         "_folded",
+        "_listeners",
         "_progress",
         "_tail",
-        "_waiters",
         "closed",
         "narrations",
         "outputs",
@@ -54,7 +56,7 @@ class EventLog:
         self._folded = 0  # events in blocks
         self._tail: list[Entry] = []
         self._progress: dict[tuple[str, str], int] = {}
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._listeners: dict[Callable[[], None], None] = {}
         self.narrations = 0
         self.outputs = 0
         self.size = 0
@@ -67,6 +69,11 @@ class EventLog:
     @property
     def position(self) -> Position:
         return Position(self.narrations, self.outputs)
+
+    @property
+    def newest_frame(self) -> bytes:
+        """The newest event, of a log that has one: the newest is never folded or replaced."""
+        return self._tail[-1].frame
 
     def append(self, event: AnyEvent, body: bytes | None = None) -> bytes:
         """Add an event and wake the readers. Returns its JSON; a terminal event closes the log.
@@ -86,14 +93,22 @@ class EventLog:
             self.closed = kind == "terminal"
             if isinstance(event, ModelDownloadProgress):
                 self._replace(event)
-        frame = b"id: %d-%d\ndata: %b\n\n" % (self.narrations, self.outputs, body)
-        self._tail.append(Entry(self.narrations, self.outputs, kind == "output", frame))
-        self.size += len(frame) + ENTRY_BYTES
-        if len(self._tail) == 2 * self._block_events:
-            self._fold()
-        if self._waiters:
-            self._wake()
+        self._add(kind == "output", b"id: %d-%d\ndata: %b\n\n" % (self.narrations, self.outputs, body))
         return body
+
+    def append_output(self, body: bytes) -> None:
+        """Add output of which there is nothing but its JSON, which must be right for this place."""
+        self.outputs += 1
+        self._add(True, b"id: %d-%d\ndata: %b\n\n" % (self.narrations, self.outputs, body))
+
+    def _add(self, is_output: bool, frame: bytes) -> None:
+        tail = self._tail
+        tail.append(Entry(self.narrations, self.outputs, is_output, frame))
+        self.size += len(frame) + ENTRY_BYTES
+        if len(tail) == 2 * self._block_events:
+            self._fold()
+        for tell in self._listeners:
+            tell()
 
     def has_room(self, body: bytes) -> bool:
         """Whether an event with this JSON still fits."""
@@ -135,20 +150,26 @@ class EventLog:
             seq = (number + 1) * self._block_events
         yield from self._tail
 
+    def subscribe(self, on_append: Callable[[], None]) -> None:
+        """Have `on_append` called at every append, from within it: it may only note it, or schedule."""
+        self._listeners[on_append] = None
+
+    def unsubscribe(self, on_append: Callable[[], None]) -> None:
+        del self._listeners[on_append]
+
     async def changed(self) -> None:
         """Wait for the next append."""
         waiter = asyncio.get_running_loop().create_future()
-        self._waiters.add(waiter)
+
+        def wake() -> None:
+            if not waiter.done():
+                waiter.set_result(None)
+
+        self.subscribe(wake)
         try:
             await waiter
         finally:
-            self._waiters.discard(waiter)
-
-    def _wake(self) -> None:
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-        self._waiters.clear()
+            self.unsubscribe(wake)
 
     def _fold(self) -> None:
         oldest = self._tail[: self._block_events]
@@ -170,7 +191,7 @@ class EventLog:
         else:
             at = seq - self._folded - 1
             self.size -= len(self._tail[at].frame)
-            self._tail[at] = self._tail[at]._replace(frame=b"")
+            self._tail[at] = msgspec.structs.replace(self._tail[at], frame=b"")
 
 
 class LogReader:
@@ -197,24 +218,39 @@ class LogReader:
     def take(self) -> bytes:
         """Give what is pending, at most `WRITE_BYTES` or one event; empty when there is nothing."""
         log, had = self._log, self._had
+        if had is None and not log.closed and self._seq + 1 == len(log):
+            # As good as always: one event has come since. It cannot be a replaced one.
+            self._seq += 1
+            return log.newest_frame
         frames: list[bytes] = []
         room = self._write_bytes
-        for narrations, outputs, is_output, frame in log.entries_after(self._seq):
-            if frame and (
-                had is None or (outputs > had.outputs if is_output else narrations > had.narrations)
-            ):
+        for entry in log.entries_after(self._seq):
+            frame = entry.frame
+            if frame and (had is None or entry.is_new_to(had)):
                 if frames and len(frame) > room:
                     break
                 frames.append(frame)
                 room -= len(frame)
-            self._seq = narrations + outputs
+            self._seq = entry.seq
         else:
             if log.closed and not self.finished and room > 0:
                 self.finished = True
                 frames.append(DONE_FRAME)
         return b"".join(frames)
 
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether all that is in the log was taken, and more may come."""
+        return self._seq == len(self._log) and not self._log.closed
+
     async def wait(self) -> None:
         """Wait until `take` may have something."""
-        if self._seq == len(self._log) and not self._log.closed:
+        if self.is_up_to_date:
             await self._log.changed()
+
+    def subscribe(self, on_append: Callable[[], None]) -> None:
+        """See `EventLog.subscribe`."""
+        self._log.subscribe(on_append)
+
+    def unsubscribe(self, on_append: Callable[[], None]) -> None:
+        self._log.unsubscribe(on_append)

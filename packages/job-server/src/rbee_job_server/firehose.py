@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import math
 from collections import deque
-from typing import NamedTuple
 
 import msgspec
 
@@ -25,8 +24,10 @@ LINGER_S = 60.0
 """How long frames are still kept after the last follower left."""
 
 
-class _Frame(NamedTuple):
-    seq: int
+_FRAME = b'id: %b-%d\ndata: {"event_id":"%d-%d",%b\n\n'
+
+
+class _Frame(msgspec.Struct, frozen=True, gc=False):
     full: bytes
     public: bytes
     """Without output and results; empty where nothing is left."""
@@ -37,6 +38,7 @@ class Firehose:
 
     def __init__(self, boot: str, actor: str, clock: Clock) -> None:
         self.boot = boot
+        self._boot = boot.encode()
         self._actor = actor
         self._clock = clock
         self._ring: deque[_Frame] = deque()
@@ -72,33 +74,33 @@ class Firehose:
 
     def publish(self, event: AnyEvent, body: bytes, position: Position) -> None:
         """Hand out an event whose JSON is `body`, standing at `position` of its job's stream."""
+        self._seq += 1
         if not self.is_followed:
-            self._seq += 1
             return
         full = self._frame(position, body)
         public = full
         if event.kind == "output":
             public = b""
         elif isinstance(event, ExecuteComplete) and event.data is not None:
-            public = self._frame(position, encode_event(msgspec.structs.replace(event, data=None)), self._seq)
-        self._ring.append(_Frame(self._seq, full, public))
-        self._ring_size += len(full)
+            public = self._frame(position, encode_event(msgspec.structs.replace(event, data=None)))
+        self._keep(_Frame(full, public))
+
+    def publish_output(self, body: bytes, narrations: int, outputs: int) -> None:
+        """Hand out output of which there is nothing but its JSON, standing there in its job's stream."""
+        self._seq += 1
+        if self._followers or self.is_followed:
+            self._keep(_Frame(_FRAME % (self._boot, self._seq, narrations, outputs, body[1:]), b""))
+
+    def _frame(self, position: Position, body: bytes) -> bytes:
+        return _FRAME % (self._boot, self._seq, *position, body[1:])
+
+    def _keep(self, frame: _Frame) -> None:
+        self._ring.append(frame)
+        self._ring_size += len(frame.full)
         while self._ring_size > RING_BYTES:
             self._ring_size -= len(self._ring.popleft().full)
         if self._waiters:
             self._wake()
-
-    def _frame(self, position: Position, body: bytes, seq: int | None = None) -> bytes:
-        if seq is None:
-            self._seq += 1
-            seq = self._seq
-        return b'id: %b-%d\ndata: {"event_id":"%d-%d",%b\n\n' % (
-            self.boot.encode(),
-            seq,
-            position.narrations,
-            position.outputs,
-            body[1:],
-        )
 
     def follow(self, after: tuple[str, int] | None, *, output: bool) -> "Follower":
         """Follow from now, or from after `(boot, seq)`."""
@@ -120,7 +122,7 @@ class Firehose:
         return self._seq, found, kept < pending
 
     def start_frame(self, seq: int) -> bytes:
-        return b"retry: 500\nid: %b-%d\n\n" % (self.boot.encode(), seq)
+        return b"retry: 500\nid: %b-%d\n\n" % (self._boot, seq)
 
     def gap_frame(self, seq: int) -> bytes:
         gap = Gap(
@@ -130,7 +132,7 @@ class Firehose:
             correlation_id="",
             timestamp=self._clock.timestamp(),
         )
-        return b"id: %b-%d\ndata: %b\n\n" % (self.boot.encode(), seq, encode_event(gap))
+        return b"id: %b-%d\ndata: %b\n\n" % (self._boot, seq, encode_event(gap))
 
     @property
     def seq(self) -> int:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rbee_contracts.errors import BodyTooLarge
 from rbee_contracts.ids import is_step_key
-from rbee_job_server.correlation import correlation_id_of
+from rbee_job_server.correlation import correlation_id_of, header
 from rbee_job_server.errors import error_response
 
 HOP_EXTRA_BYTES = 16_384
@@ -55,14 +55,14 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        connection = HTTPConnection(scope)
         limit = self._max_body_bytes
-        if is_step_key(connection.headers.get("Idempotency-Key", "")):
+        if is_step_key(header(scope, b"idempotency-key") or ""):
             limit += HOP_EXTRA_BYTES
-        stated = connection.headers.get("Content-Length", "")
+        stated = header(scope, b"content-length") or ""
         if stated.isascii() and stated.isdigit() and int(stated[:20]) > limit:
             error = BodyTooLarge(_too_large(limit))
-            await error_response(error, correlation_id_of(connection))(scope, receive, send)
+            answer = error_response(error, correlation_id_of(HTTPConnection(scope)))
+            await answer(scope, receive, send)
             return
         received = 0
 

@@ -4,8 +4,8 @@ import asyncio
 import enum
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import anyio
 import msgspec
@@ -32,6 +32,7 @@ from rbee_contracts.events import (
     encode_event,
     event_type,
 )
+from rbee_contracts.ids import is_step_key
 from rbee_contracts.jobs import JobError, JobRecord, JobState
 from rbee_contracts.operations import Operation, operation_digest
 from rbee_contracts.sse import START, Position
@@ -42,7 +43,21 @@ from rbee_job_server.staging import Staging
 
 E = TypeVar("E", bound=Event)
 
-Publish: TypeAlias = Callable[[AnyEvent, bytes, Position], None]
+
+class Publisher(Protocol):
+    """Who hands a job's events to those who follow all jobs: the firehose."""
+
+    def publish(self, event: AnyEvent, body: bytes, position: Position) -> None: ...
+
+    def publish_output(self, body: bytes, narrations: int, outputs: int) -> None: ...
+
+
+_TOKEN_HEAD = b'{"action":"token","message":'
+_TOKEN_TAIL = b'%b","index":%d}'
+_TOKEN = _TOKEN_HEAD + b"%b%b" + _TOKEN_TAIL
+"""The JSON of a plain token: its text, what all tokens of its job have in common, its time and its index."""
+
+encode_json = msgspec.json.Encoder().encode
 
 
 class CancelReason(enum.StrEnum):
@@ -76,8 +91,46 @@ class JobPolicy(Struct, frozen=True, kw_only=True):
 class Job:
     """State machine pending → running → completed | failed | cancelled, and the job's only writer.
 
-    Every way to end it goes through `_end`, which lets only the first one win.
+    Every way to end it goes through `_end`, which lets only the first one win. Thousands of finished ones are
+    kept, so what only an unfinished one needs is dropped at its end.
     """
+
+    __slots__ = (
+        "_clock",
+        "_journal",
+        "_publisher",
+        "_said_before",
+        "_staging",
+        "_token_fields",
+        "_unknown_fields",
+        "actor",
+        "correlation_id",
+        "created",
+        "created_at",
+        "deadline_timer",
+        "digest",
+        "error",
+        "finished",
+        "finished_at",
+        "has_spoken",
+        "id",
+        "idempotency_key",
+        "log",
+        "lower_n",
+        "operation",
+        "policy",
+        "readers",
+        "result",
+        "said",
+        "scope",
+        "seq",
+        "started",
+        "started_at",
+        "state",
+        "steps",
+        "timer",
+        "usage",
+    )
 
     def __init__(
         self,
@@ -91,7 +144,7 @@ class Job:
         unknown_fields: Mapping[str, str | None],
         actor: str,
         clock: Clock,
-        publish: Publish,
+        publisher: Publisher,
         journal: Journal | None = None,
         digest: bytes | None = None,
     ) -> None:
@@ -102,12 +155,11 @@ class Job:
         self.correlation_id = correlation_id
         self.idempotency_key = idempotency_key
         self.policy = policy
-        self._unknown_fields = unknown_fields
+        self._unknown_fields: Mapping[str, str | None] | None = unknown_fields or None
         self.actor = actor
         self.state: JobState = "pending"
         self.log: EventLog | None = EventLog()
         self.readers = 0
-        self.children: list[str] = []
         self.error: JobError | None = None
         self.usage: Usage | None = None
         self.result: Any = None
@@ -124,20 +176,21 @@ class Job:
         self.has_spoken = False
         self.lower_n = 0
         """The place, in the stream below, of the last narration a restored job had relayed from there."""
-        self.rebuilding = anyio.Lock()
-        self.said: deque[Said] = deque()
+        self.said: deque[Said] | None = None
         """Stored narration of a restored job that is not back in its log yet."""
+        self._token_fields = b""
+        """What all plain tokens of this job have in common, as JSON; made for the first one."""
         self._clock = clock
-        self._publish = publish
+        self._publisher = publisher
         self._journal = journal
         self._staging = Staging(self, journal, self._release) if journal is not None else None
-        self._said_before: list[AnyEvent] = []
+        self._said_before: list[AnyEvent] | None = None
 
     @classmethod
     def restored(
-        cls, stored: RestoredJob, *, actor: str, clock: Clock, publish: Publish, journal: Journal
+        cls, stored: RestoredJob, *, actor: str, clock: Clock, publisher: Publisher, journal: Journal | None
     ) -> "Job":
-        """Make a job again from what the journal knows.
+        """Make a job again from what the journal knows, or without one from what the service below knows.
 
         What it said is in its log as far as no output belongs before it; the rest follows as the output is
         read below again. A finished job that has spoken has no log until `rebuild`.
@@ -152,7 +205,7 @@ class Job:
             unknown_fields={},
             actor=actor,
             clock=clock,
-            publish=publish,
+            publisher=publisher,
             journal=journal,
             digest=stored.digest,
         )
@@ -166,12 +219,14 @@ class Job:
         job.error, job.usage, job.result = stored.error, stored.usage, stored.result
         job.has_spoken = stored.has_spoken
         job.steps = list(stored.steps)
-        job.children = [step.lower_job_id for step in stored.steps]
         job.lower_n = max((said.lower_n for said in stored.said if said.lower_n is not None), default=0)
         job.said = deque(stored.said)
         job._said_before = [decode_event(said.body) for said in stored.said if said.lower_n is None]
         last = stored.said[-1].position if stored.said else START
-        job._staging = Staging(job, journal, job._release, last)
+        if journal is not None and not job.is_finished:
+            job._staging = Staging(job, journal, job._release, last)
+        else:
+            job._staging = None
         if job.is_finished and job.has_spoken:
             job.log = None
         else:
@@ -215,6 +270,23 @@ class Job:
         elif not self._staging.closed:
             self._staging.add(event, body, lower_n)
 
+    def append_output(self, body: bytes, index: int) -> bool:
+        """Add output of which there is nothing but its JSON, exactly as `append` would have encoded it.
+
+        False, and nothing is changed, where output must come through `append`: `index` is not its next one,
+        it would be held back, other events belong before it, or it does not fit.
+        """
+        log = self.log
+        if log is None or log.closed or log.outputs != index or self.said or not log.has_room(body):
+            return False
+        if self._staging is None:
+            self.has_spoken = True
+        elif not self._staging.pass_output():
+            return False
+        log.append_output(body)
+        self._publisher.publish_output(body, log.narrations, log.outputs)
+        return True
+
     def _release(self, event: AnyEvent, body: bytes) -> None:
         """Let readers see an event."""
         log = self.log
@@ -223,7 +295,11 @@ class Job:
         if self.said:
             self._insert_said(log.outputs if event.kind == "output" else math.inf)
         log.append(event, body)
-        self._publish(event, body, log.position)
+        self._publisher.publish(event, body, log.position)
+
+    def settle(self) -> None:
+        """All that was said is out: what held it back is no longer needed."""
+        self._staging = None
 
     def _insert_said(self, outputs: float) -> None:
         """Put stored narration back into the log, where at most `outputs` output items came before it."""
@@ -237,7 +313,7 @@ class Job:
 
     def rebuild(self, output: Iterable[AnyEvent]) -> bool:
         """Make a finished, restored job's log again from its whole output; False when some is missing."""
-        said, log = self.said, EventLog()
+        said, log = self.said or deque(), EventLog()
         self.said, self.log = deque(said), log
         for event in output:
             self._insert_said(log.outputs)
@@ -250,7 +326,7 @@ class Job:
 
     def earlier(self, kind: type[E]) -> E | None:
         """Give what this job said of one kind before a restart; None when it did not."""
-        return next((event for event in self._said_before if isinstance(event, kind)), None)
+        return next((event for event in self._said_before or () if isinstance(event, kind)), None)
 
     def find_step(self, step: str, attempt: int) -> Step | None:
         return next((known for known in self.steps if (known.step, known.attempt) == (step, attempt)), None)
@@ -258,7 +334,6 @@ class Job:
     async def take_step(self, step: Step) -> None:
         """Record a step, durably, before it is submitted."""
         self.steps.append(step)
-        self.children.append(step.lower_job_id)
         if self._journal is not None:
             self._journal.stepped(self, step)
             await self._journal.flushed()
@@ -286,19 +361,47 @@ class Job:
 
     def _was_said(self, action: str) -> bool:
         """Whether a handler that runs again after a restart has said this already."""
-        for index, event in enumerate(self._said_before):
+        said = self._said_before or []
+        for index, event in enumerate(said):
             if event.action == action:
-                del self._said_before[index]
+                del said[index]
                 return True
         return False
 
     def emit_token(self, text: str, data: TokenData | None = None) -> None:
-        """Add one item of output."""
+        """Add one item of output.
+
+        A plain token costs the encoding of its text: the rest of its JSON is the same for all of a job's.
+        """
+        if self.log is None or self.log.closed:
+            return
+        timestamp, index = self._clock.timestamp(), self.outputs
+        if data is None:
+            if not self._token_fields:
+                self._token_fields = _token_fields(self._token("", "", 0))
+            body = _TOKEN % (encode_json(text), self._token_fields, timestamp.encode(), index)
+            if self.append_output(body, index):
+                return
+        self.append(self._token(text, timestamp, index, data))
+
+    def _token(self, text: str, timestamp: str, index: int, data: TokenData | None = None) -> Token:
+        return Token(
+            message=text,
+            actor=self.actor,
+            job_id=self.id,
+            correlation_id=self.correlation_id,
+            timestamp=timestamp,
+            index=index,
+            data=data,
+        )
+
+    def emit_chunk(self, data: msgspec.Raw, event: str = "") -> None:
+        """Add one chunk of output: JSON as it stands. `event` names its server-sent event."""
         if self.log is None:
             return
         self.append(
-            Token(
-                message=text,
+            Chunk(
+                message=event,
                 actor=self.actor,
                 job_id=self.id,
                 correlation_id=self.correlation_id,
@@ -328,7 +431,7 @@ class Job:
         if self._journal is not None:
             self._journal.started(self)
         self.append(Execute(formatted=self._formatted(message), **self._common(message)))
-        for name, meant in self._unknown_fields.items():
+        for name, meant in (self._unknown_fields or {}).items():
             hint = f" Did you mean {meant}?" if meant else ""
             self.narrate(
                 "warning", f"{self.operation.name} has no field {name[:100]!r}; it was ignored.{hint}"
@@ -403,7 +506,11 @@ class Job:
         self.disarm()
         if self.deadline_timer is not None:
             self.deadline_timer.cancel()
+            self.deadline_timer = None
         self.append(event)
+        self._said_before = None
+        self._token_fields = b""
+        self._unknown_fields = None
         return True
 
     def let_go(self) -> None:
@@ -444,9 +551,21 @@ class Job:
             error=self.error,
             usage=self.usage,
             result=self.result,
-            children=list(self.children),
+            children=[step.lower_job_id for step in self.steps],
             position=str(self.log.position) if self.log is not None else None,
+            **self._for_hop_above(),
         )
+
+    def _for_hop_above(self) -> dict[str, Any]:
+        """What the hop that sent this job needs to know it again, should it lose its memory."""
+        if self.idempotency_key is None or not is_step_key(self.idempotency_key):
+            return {}
+        deadline = None if self.is_finished else self.deadline
+        return {
+            "idempotency_key": self.idempotency_key,
+            "digest": self.digest.hex(),
+            "time_left_s": None if deadline is None else max(0.0, deadline - self._clock.monotonic()),
+        }
 
     def _common(self, message: str) -> dict[str, Any]:
         return {
@@ -459,6 +578,11 @@ class Job:
 
     def _formatted(self, message: str) -> str:
         return f"[{self.actor}] {message}"
+
+
+def _token_fields(token: Token) -> bytes:
+    """Cut out of an empty token's JSON what stands between its text and its time."""
+    return encode_event(token).removeprefix(_TOKEN_HEAD + b'""').removesuffix(_TOKEN_TAIL % (b"", 0))
 
 
 def _as_output_of(job: Job, event: AnyEvent, index: int) -> AnyEvent:

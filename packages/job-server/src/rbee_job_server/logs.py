@@ -1,9 +1,12 @@
 """Logging of every service: structlog, JSON unless a person looks on, ids on every line."""
 
+import json
 import logging
 import sys
-from typing import TextIO
+from collections.abc import Callable
+from typing import Any, TextIO
 
+import msgspec
 import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import Processor
@@ -32,7 +35,7 @@ def configure_logging(*, service: str, level: str = "info", stream: TextIO | Non
         if stream.isatty()
         else [
             structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
-            structlog.processors.JSONRenderer(ensure_ascii=False),
+            structlog.processors.JSONRenderer(_to_json),
         ]
     )
     # Ours goes straight to the stream: what vLLM imports sets the root logger's level as it likes.
@@ -52,8 +55,19 @@ def configure_logging(*, service: str, level: str = "info", stream: TextIO | Non
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for name in ("httpx", "httpcore", "uvicorn.access"):
+    for name in ("httpx", "httpx2", "httpcore", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _to_json(event: object, default: Callable[[Any], Any]) -> str:
+    """Write a line's facts as JSON, as `json.dumps` does; `default` gives what to write for what has none.
+
+    msgspec takes a tenth of the time, and there are two lines for each job.
+    """
+    try:
+        return msgspec.json.format(msgspec.json.encode(event, enc_hook=default), indent=0).decode()
+    except (TypeError, ValueError, RecursionError):  # a key that is no text, half a character
+        return json.dumps(event, default=default, ensure_ascii=False)
 
 
 def _add(ids: dict[str, str]) -> Processor:

@@ -8,6 +8,7 @@ import asyncio
 from typing import Any, ClassVar
 
 import msgspec
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from rbee_contracts.errors import ErrorBody
@@ -22,6 +23,27 @@ resets the connection, and the caller loses the answer that says why."""
 
 HELD_UP_S = 1.0
 """A deadline that comes this late says that this process was held up (an engine loading), not the caller."""
+
+
+class HttpConnection:
+    """What a response may do with the connection it goes out on: `streams.Connection`."""
+
+    __slots__ = ("_flow", "_transport", "error")
+
+    def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
+        self._transport = transport
+        self._flow = flow
+        self.error: Exception | None = None
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def is_writable(self) -> bool:
+        return not (self._flow.write_paused or self._transport.is_closing())
+
+    def write(self, body: bytes) -> None:
+        # A response without a length, as our streams are, goes out in chunks; see uvicorn's `send`.
+        self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -39,7 +61,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._is_refused = False
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
-        self._extension: dict[object, object] = {}
+        self._connection: HttpConnection | None = None
 
     # --- connection ------------------------------------------------------------------------------------
 
@@ -57,7 +79,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
-        self._extension["error"] = exc
+        if self._connection is not None:
+            self._connection.error = exc
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -84,8 +107,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._in_head = self._is_partial = True
             self._head_bytes = 0
             super().on_message_begin()
-            self._extension = {"abort": self.transport.abort}
-            self.scope["extensions"] = {CONNECTION: self._extension}
+            self._connection = HttpConnection(self.transport, self.flow)
+            self.scope["extensions"] = {CONNECTION: {"connection": self._connection}}
 
     def on_url(self, url: bytes) -> None:
         self._head_bytes += len(url)

@@ -1,5 +1,6 @@
 """The table of jobs: who is in it, under which id and key, in which order, and for how long."""
 
+from collections import deque
 from collections.abc import Iterator
 
 from rbee_contracts.errors import Conflict, Gone, InvalidRequest, NotFound
@@ -48,6 +49,12 @@ class JobRegistry:
         self._jobs: dict[str, Job] = {}
         self._by_key: dict[str, Job] = {}
         self._next_seq = 1
+        self._unfinished: dict[str, Job] = {}
+        """What had not ended when `sweep` last looked."""
+        self._finished: deque[Job] = deque()
+        self._logs: deque[Job] = deque()
+        """Finished jobs whose log is kept; both in the order in which they ended."""
+        self._log_bytes = 0
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -68,7 +75,7 @@ class JobRegistry:
         return seq
 
     def add(self, job: Job) -> None:
-        self._jobs[job.id] = job
+        self._jobs[job.id] = self._unfinished[job.id] = job
         if job.idempotency_key is not None:
             self._by_key[job.idempotency_key] = job
 
@@ -99,13 +106,20 @@ class JobRegistry:
             raise output_expired(job_id)
         return job
 
-    def find_submitted(self, key: str, operation: Operation) -> Job | None:
+    def find_submitted(self, key: str, operation: Operation, hop_id: str | None = None) -> Job | None:
         """Give the job that was submitted under this Idempotency-Key, if any.
+
+        Args:
+            hop_id: the id that a job of this key has, where a hop has made the key: a job that was restored
+                without its key is found by it, and has its key again.
 
         Raises:
             Conflict: the key belongs to another operation.
         """
         job = self._by_key.get(key)
+        if job is None and hop_id is not None and (job := self._jobs.get(hop_id)) is not None:
+            job.idempotency_key = key
+            self._by_key[key] = job
         if job is not None and job.digest != operation_digest(operation):
             raise Conflict(
                 f"Idempotency-Key {key!r} was used for another operation ({job.id}). "
@@ -133,23 +147,52 @@ class JobRegistry:
         shown = found[:limit]
         return JobPage(jobs=[job.record() for job in shown], next_cursor=str(shown[-1].seq) if more else None)
 
+    def keep_log(self, job: Job) -> None:
+        """Keep the log of a finished job that was made again, as long as any other."""
+        if job.log is not None and job.id not in self._unfinished:
+            self._logs.appendleft(job)  # such a job ended in the run before: it is the oldest
+            self._log_bytes += job.log.size
+
     def sweep(self, now: float) -> None:
-        """Drop finished logs and records that are past their bounds. `now` is monotonic."""
-        finished = sorted(
-            (job for job in self._jobs.values() if job.is_finished), key=lambda job: job.finished or 0
-        )
-        kept_bytes = sum(job.log.size for job in finished if job.log is not None)
-        for job in finished:
-            if job.log is None:
-                continue
-            too_old = now - (job.finished or 0) > LOG_RETENTION_S
-            if (too_old or kept_bytes > LOG_RETENTION_BYTES) and not job.readers:
-                kept_bytes -= job.log.size
-                job.log = None
-                job.said.clear()
-        for job in finished[: max(0, len(finished) - RECORDS_KEPT)]:
+        """Drop finished logs and records that are past their bounds. `now` is monotonic.
+
+        What costs time is what has changed: jobs that have ended since the last time, and what is dropped.
+        """
+        self._take_ended()
+        read: list[Job] = []
+        while self._logs and (
+            self._log_bytes > LOG_RETENTION_BYTES or now - (self._logs[0].finished or 0) > LOG_RETENTION_S
+        ):
+            job = self._logs.popleft()
             if job.readers:
+                read.append(job)
+            else:
+                self._drop_log(job)
+        self._logs.extendleft(reversed(read))
+        read.clear()
+        for _ in range(len(self._finished) - RECORDS_KEPT):
+            job = self._finished.popleft()
+            if job.readers:
+                read.append(job)
                 continue
+            self._drop_log(job)
             del self._jobs[job.id]
             if job.idempotency_key is not None:
                 self._by_key.pop(job.idempotency_key, None)
+        self._finished.extendleft(reversed(read))
+
+    def _take_ended(self) -> None:
+        ended = [job for job in self._unfinished.values() if job.is_finished]
+        ended.sort(key=lambda job: job.finished or 0)
+        for job in ended:
+            del self._unfinished[job.id]
+            self._finished.append(job)
+            if job.log is not None:
+                self._logs.append(job)
+                self._log_bytes += job.log.size
+
+    def _drop_log(self, job: Job) -> None:
+        if job.log is not None:
+            self._log_bytes -= job.log.size
+            job.log = None
+        job.said = None

@@ -5,11 +5,13 @@ not ours are dropped. Each lower job's `<n>-<i>` is kept, so an event that comes
 one that is missing is noticed: the lower job's own stream is then read from the last event we had.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, NoReturn, Protocol
 
 import anyio
+import msgspec
 import structlog
 from anyio.abc import TaskGroup
 
@@ -24,6 +26,7 @@ from rbee_contracts.events import (
     ExecuteTimeout,
     Gap,
     InferStart,
+    decode_event,
 )
 from rbee_contracts.ids import hop_job_id, step_key
 from rbee_contracts.jobs import JobAccepted, JobRecord
@@ -41,9 +44,41 @@ RESUME_TIMEOUT_S = 30.0
 
 CANCEL_TIMEOUT_S = 5.0
 REREADS_AT_ONCE = 8
+SENT_AGAIN_AT_MOST = 5
+"""How often a step that a lower service has forgotten is sent again; what ends it each time is left alone."""
+
 BEYOND = 10**15 - 1
 UNSAYABLE = (ValueError, OverflowError, RecursionError)
 """What encoding an event that could be decoded may raise."""
+
+
+_plain_output = re.compile(
+    rb"""
+    \{ "event_id":"([0-9]{1,15})-([0-9]{1,15})",
+    (
+        "action":"(?:token|(chunk))",
+        "message":"[^"\\\x00-\x1f]*+(?:\\(?:["\\bfnrt]|u00[01][0-9a-f])[^"\\\x00-\x1f]*+)*+",
+        "actor":"[^"\\\x00-\x1f]*+",
+        "job_id":"
+    )
+    ([^"\\\x00-\x1f]*+)
+    (
+        ","correlation_id":"[^"\\\x00-\x1f]*+",
+        "timestamp":"[^"\\\x00-\x1f]*+",
+        "index":(0|[1-9][0-9]{0,14})
+        (?(4),"data":[^\n]*)
+        \}
+    )
+    """,
+    re.VERBOSE,
+).fullmatch
+"""Cuts output, as JSON from the firehose, where the id of its job stands.
+
+The cut is at the event's own `job_id` and never at something in a text: all that is before it is matched, and
+in a JSON string a quote always has a backslash before it. The texts are as our services write them, so that
+encoding them again would give the same bytes. Only a chunk has `data`, which is passed on as it is; a token
+with `data`, or an event with any other field, has another form and is decoded.
+"""
 
 
 class LowerService(Protocol):
@@ -61,9 +96,9 @@ class LowerService(Protocol):
 
     async def cancel(self, job_id: str, *, correlation_id: str | None = None) -> bool: ...
 
-    def follow(
-        self, *, output: bool = False, on_connection: Callable[[bool], None] | None = None
-    ) -> AsyncIterator[list[AnyEvent]]: ...
+    def follow_raw(
+        self, *, on_connection: Callable[[bool], None] | None = None
+    ) -> AsyncIterator[list[AnyEvent | bytes]]: ...
 
     def stream_from(
         self, job_id: str, position: Position
@@ -81,8 +116,10 @@ class LowerJobFailed(RbeeError):
 class _Sink:
     """The upper job's end of one lower job: takes its events in order, once each."""
 
-    def __init__(self, job: Job, position: Position) -> None:
+    def __init__(self, job: Job, lower_id: str, position: Position) -> None:
+        self.lower_id = lower_id
         self._job = job
+        self._job_id = job.id.encode()
         self._error: Error | None = None
         self._result: Any = None
         self._failure: RbeeError | None = None
@@ -93,6 +130,15 @@ class _Sink:
         self.is_there = False
         """Whether the lower job is known to exist, so that its stream can be read."""
         self.had_gap = False
+        """Whether the firehose has lost something since."""
+        self.submit: Callable[[], Awaitable[None]] | None = None
+        """Submits the lower job, or again under the same key."""
+        self.sent_again = 0
+
+    @property
+    def may_run_again(self) -> bool:
+        """Whether nothing of the lower job's output was passed on, so that running it twice shows nowhere."""
+        return self._i == 0 and not self._job.has_spoken and not self._job.is_finished
 
     @property
     def job(self) -> Job:
@@ -121,9 +167,10 @@ class _Sink:
                 return
             self._i = i
         else:
-            if n <= self._n:
+            # A job that runs again says less, perhaps, before its end; an end that we had would be no news.
+            if n <= self._n and event.kind != "terminal":
                 return
-            self._n = n
+            self._n = max(n, self._n)
         match event:
             case Execute() | InferStart():
                 pass
@@ -136,6 +183,20 @@ class _Sink:
                 self.fail(_failure_of(event, self._error))
             case _:
                 self._job.relay(event, n)
+
+    def pass_on(self, n: int, i: int, index: int, before: bytes, after: bytes) -> bool:
+        """Take output without decoding it, if it is the very next; False, and nothing is changed, where not.
+
+        Args:
+            n, i: its place.
+            before, after: its JSON around the id of its job.
+        """
+        if i != self._i + 1 or n > self._n or self.missed is not None:
+            return False
+        if not self._job.append_output(b"{%b%b%b" % (before, self._job_id, after), index):
+            return False
+        self._i = i
+        return True
 
     def catch_up(self) -> bool:
         """Take what the firehose brought meanwhile, if it follows what we have; False while it does not."""
@@ -175,7 +236,8 @@ class Relay:
         self._peer = peer
         self._name = f"{service} {peer}"
         self._client = client
-        self._sinks: dict[str, _Sink] = {}
+        self._sinks: dict[bytes, _Sink] = {}
+        """By the lower job's id as it stands in JSON."""
         self._lost: RbeeError | None = None
         self._leaving = False
         self._connected = anyio.Event()
@@ -193,16 +255,20 @@ class Relay:
         """Follow the lower service until cancelled."""
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
-            async for events in self._client.follow(output=True, on_connection=self._on_connection):
+            async for events in self._client.follow_raw(on_connection=self._on_connection):
                 for event in events:
-                    self._dispatch(event)
+                    if isinstance(event, bytes):
+                        self._pass_on(event)
+                    else:
+                        self._dispatch(event)
         raise RuntimeError(f"the follower of {self._name} has ended")
 
     async def perform(self, context: JobContext, operation: Operation, *, step: str, attempt: int = 0) -> Any:
         """Run `operation` below as a step of the running job; its events become the job's.
 
         A step that was recorded before a restart is taken up where it is: the lower job is submitted again
-        under the same key only if nothing of its output was passed on, and else only read.
+        under the same key only if nothing of its output was passed on, and else only read. A lower service
+        that was restarted and has forgotten the job gets it again on the same condition.
         Leaving (cancelled, timed out) cancels the lower job.
 
         Raises:
@@ -213,9 +279,20 @@ class Relay:
         key = step_key(job.id, step, attempt)
         job_id = hop_job_id(self._service, key)
         is_recorded = job.find_step(step, attempt) is not None
-        sink = _Sink(job, Position(job.lower_n, 0) if is_recorded else START)
-        self._sinks[job_id] = sink
+        sink = _Sink(job, job_id, Position(job.lower_n, 0) if is_recorded else START)
+        self._sinks[job_id.encode()] = sink
         may_run_below = is_recorded
+
+        async def submit() -> None:
+            await self._client.submit(
+                operation,
+                correlation_id=context.correlation_id,
+                respond_async=True,
+                idempotency_key=key,
+                time_left_s=context.time_left_s,
+            )
+
+        sink.submit = submit
         try:
             await self._wait_for(job, is_recorded)
             if not is_recorded:
@@ -224,20 +301,14 @@ class Relay:
                 return sink.result()
             may_run_below = True
             if not (is_recorded and job.has_spoken):
-                await self._client.submit(
-                    operation,
-                    correlation_id=context.correlation_id,
-                    respond_async=True,
-                    idempotency_key=key,
-                    time_left_s=context.time_left_s,
-                )
+                await submit()
             sink.is_there = True
             if is_recorded or sink.had_gap:
-                self._reread(job_id, sink)
+                self._reread(sink)
             await sink.ended.wait()
             return sink.result()
         finally:
-            del self._sinks[job_id]
+            del self._sinks[job_id.encode()]
             if may_run_below and not sink.ended.is_set():
                 await self._cancel_below(job_id, context.correlation_id)
 
@@ -279,8 +350,9 @@ class Relay:
             sink.fail(error)
 
     async def _wait_connected(self, timeout_s: float) -> None:
-        with anyio.move_on_after(timeout_s):
-            await self._connected.wait()
+        if not self._connected.is_set():
+            with anyio.move_on_after(timeout_s):
+                await self._connected.wait()
         if self._lost is not None:
             raise self._lost
         if not self._connected.is_set():
@@ -308,8 +380,22 @@ class Relay:
             if self._lost is None and self._connected.is_set():
                 self._connected = anyio.Event()
 
+    def _pass_on(self, body: bytes) -> None:
+        """Hand output to its job as the bytes it is, with the job's own id; decode it only if it must be."""
+        found = _plain_output(body)
+        if found is not None and (body.isascii() or _is_utf8(body)):
+            n, i, before, _, lower_id, after, index = found.groups()
+            sink = self._sinks.get(lower_id)
+            if sink is None or sink.pass_on(int(n), int(i), int(index), before, after):
+                return
+        try:
+            event = decode_event(body)
+        except msgspec.DecodeError:
+            return  # no event: passed over, and missed by its job if it was one of its
+        self._dispatch(event)
+
     def _dispatch(self, event: AnyEvent) -> None:
-        sink = self._sinks.get(event.job_id)
+        sink = self._sinks.get(event.job_id.encode(errors="replace"))
         if sink is not None:
             try:
                 position = parse_event_id(event.event_id or "")
@@ -322,49 +408,105 @@ class Relay:
                 try:
                     sink.take(event, position)
                 except UNSAYABLE as exc:
-                    self._fail_unsayable(event.job_id, sink, exc)
+                    self._fail_unsayable(sink, exc)
             else:
-                self._reread(event.job_id, sink, (event, position))
+                self._reread(sink, (event, position))
         elif isinstance(event, Gap):
             log.warning("firehose_gap", peer=self._name, steps=len(self._sinks))
-            for job_id, owned in self._sinks.items():
-                self._reread(job_id, owned)
+            for owned in self._sinks.values():
+                self._reread(owned)
 
-    def _reread(self, job_id: str, sink: _Sink, *missed: tuple[AnyEvent, Position]) -> None:
+    def _reread(self, sink: _Sink, *missed: tuple[AnyEvent, Position]) -> None:
         """Read a lower job's own stream from what we have, until the firehose can be taken again."""
-        if not sink.is_there:
-            sink.had_gap = True  # `perform` reads it as soon as it is submitted
-        elif sink.missed is None and self._tasks is not None:
+        if not sink.is_there or sink.missed is not None:
+            sink.had_gap = True  # it is read as soon as it is submitted, or once more
+        elif self._tasks is not None:
             sink.missed = list(missed)
-            self._tasks.start_soon(self._catch_up, job_id, sink)
+            self._tasks.start_soon(self._catch_up, sink)
 
-    async def _catch_up(self, job_id: str, sink: _Sink) -> None:
+    async def _catch_up(self, sink: _Sink) -> None:
         try:
             async with self._rereads:
-                # What comes after this record comes on the firehose too, which is being followed.
-                there = parse_event_id((await self._client.get(job_id)).position or "0-0")
-                async with aclosing(self._client.stream_from(job_id, sink.position)) as events:
-                    while not (sink.is_at(there) and sink.catch_up()):
-                        position, event = await anext(events)
-                        sink.take(event, position)
-                        if sink.ended.is_set():
-                            return
+                while not await self._read_below(sink):
+                    pass
         except StopAsyncIteration:
             sink.fail(self._job_lost("has no more of it than it had told"))
         except RbeeError as exc:
             is_gone = exc.code in ("job_not_found", "output_expired")
             sink.fail(self._job_lost(f"does not know it any more ({exc.code})") if is_gone else exc)
         except UNSAYABLE as exc:
-            self._fail_unsayable(job_id, sink, exc)
+            self._fail_unsayable(sink, exc)
 
-    def _fail_unsayable(self, job_id: str, sink: _Sink, exc: Exception) -> None:
+    async def _read_below(self, sink: _Sink) -> bool:
+        """Read a lower job's own stream until the firehose can be taken again.
+
+        False where that must be done once more: the firehose has lost something meanwhile, or the job is
+        forgotten and was sent again.
+
+        Raises:
+            StopAsyncIteration: the stream has ended, and the job with it, without an end.
+            RbeeError: the job is gone, or cannot be read.
+        """
+        sink.had_gap = False
+        try:
+            # What comes after this record comes on the firehose too, which is being followed.
+            record = await self._client.get(sink.lower_id)
+            there = parse_event_id(record.position or "0-0")
+            is_over = record.state not in ("pending", "running")
+            # One that runs again may have ended before it came to where the first run was.
+            is_behind = there.narrations < sink.position.narrations and sink.may_run_again
+            begin = START if is_behind else sink.position
+            async with aclosing(self._client.stream_from(sink.lower_id, begin)) as events:
+                while not sink.ended.is_set():
+                    if sink.is_at(there) and not is_over:
+                        if sink.had_gap:
+                            return False
+                        if sink.catch_up():
+                            break
+                    position, event = await anext(events)
+                    sink.take(event, position)
+        except RbeeError as exc:
+            if exc.code != "job_not_found" or not sink.may_run_again:
+                raise
+            await self._send_again(sink)
+            return False
+        return True
+
+    async def _send_again(self, sink: _Sink) -> None:
+        """Submit a lower job again that is forgotten, though it had said nothing that shows that it ran.
+
+        Raises:
+            JobLost: that was done too often.
+            RbeeError: it cannot be submitted.
+        """
+        sink.sent_again += 1
+        if sink.submit is None or sink.sent_again > SENT_AGAIN_AT_MOST:
+            raise self._job_lost(f"has forgotten it {sink.sent_again} times")
+        log.warning("step_sent_again", lower_job_id=sink.lower_id, peer=self._name)
+        if sink.sent_again == 1:
+            sink.job.narrate(
+                "warning", f"{self._name} had forgotten this job before it said anything; it was sent again."
+            )
+        await sink.submit()
+        if sink.missed is not None:
+            sink.missed.clear()  # of the run that is forgotten; the new one is read from its stream
+
+    def _fail_unsayable(self, sink: _Sink, exc: Exception) -> None:
         """Fail one job for an event that cannot be said again, instead of all with the relay."""
         sink.fail(LowerJobFailed(f"{self._name} said what cannot be passed on ({type(exc).__name__})."))
         if self._tasks is not None:
-            self._tasks.start_soon(self._cancel_below, job_id, sink.job.correlation_id)
+            self._tasks.start_soon(self._cancel_below, sink.lower_id, sink.job.correlation_id)
 
     def _job_lost(self, reason: str) -> JobLost:
         return JobLost(f"The job was lost: {self._name} {reason}. Submit it again if it may run twice.")
+
+
+def _is_utf8(body: bytes) -> bool:
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _failure_of(event: ExecuteError | ExecuteTimeout | ExecuteCancelled, error: Error | None) -> RbeeError:

@@ -14,11 +14,11 @@ from rbee_contracts.operations import decode_operation, unknown_fields
 from rbee_contracts.sse import START, parse_event_id, parse_firehose_id
 from rbee_job_server.access import TICKET_S, Tickets
 from rbee_job_server.correlation import correlation_id_of
-from rbee_job_server.errors import json_response
+from rbee_job_server.errors import NotJson, json_response
 from rbee_job_server.jobs import CancelReason
 from rbee_job_server.registry import MAX_PAGE
 from rbee_job_server.server import JobServer, Submission
-from rbee_job_server.streams import EventStreamResponse
+from rbee_job_server.streams import STREAM_HEADERS, EventStreamResponse
 
 RETRY_FRAME = b"retry: 500\n\n"
 DEFAULT_PAGE = 50
@@ -44,6 +44,7 @@ class _JobRoutes:
         self._tickets = tickets
 
     async def submit(self, request: Request) -> Response:
+        _require_json(request.headers.get("Content-Type", ""))
         body = await request.body()
         operation = decode_operation(body)
         key = request.headers.get("Idempotency-Key")
@@ -60,7 +61,7 @@ class _JobRoutes:
                 correlation_id=correlation_id_of(request),
                 respond_async=respond_async,
                 idempotency_key=key,
-                time_left_s=_time_left_s(request),
+                time_left_s=time_left_s(request),
                 unknown_fields={} if from_hop else unknown_fields(body, operation),
             )
         )
@@ -107,6 +108,8 @@ class _JobRoutes:
         job = await self._server.readable(request.path_params["job_id"])
         if job.log is not None and last_event_id and job.log.is_seen(position):
             return Response(status_code=204)
+        if request.method == "HEAD":
+            return _head()
         reader = self._server.attach(job, position)
         return EventStreamResponse(
             reader, head=RETRY_FRAME, on_close=lambda: self._server.detach(job), job_id=job.id
@@ -126,8 +129,33 @@ class _JobRoutes:
                 after = parse_firehose_id(last_event_id)
             except ValueError as exc:
                 raise InvalidRequest(f"Last-Event-ID: {exc}", code="invalid_last_event_id") from exc
+        if request.method == "HEAD":
+            return _head()
         follower = self._server.firehose.follow(after, output=request.query_params.get("output") == "1")
         return EventStreamResponse(follower, on_close=follower.close)
+
+
+def _head() -> Response:
+    """What a stream would begin with: who asks for that alone starts no job, and is no reader."""
+    response = Response()
+    response.raw_headers = list(STREAM_HEADERS)
+    return response
+
+
+def _require_json(content_type: str) -> None:
+    """Refuse what is not JSON by its own account; without one it is taken for JSON.
+
+    So is what `curl -d` says of everything that it sends.
+
+    Raises:
+        NotJson: say so.
+    """
+    media_type = content_type.partition(";")[0].strip().lower()
+    is_json = media_type in ("application/json", "application/x-www-form-urlencoded") or (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    )
+    if media_type and not is_json:
+        raise NotJson(f"An operation is sent as application/json, not as {media_type[:80]!r}.")
 
 
 def _prefers_async(request: Request) -> bool:
@@ -135,7 +163,12 @@ def _prefers_async(request: Request) -> bool:
     return any(p.split(";")[0].strip().lower() == "respond-async" for p in preferences)
 
 
-def _time_left_s(request: Request) -> float | None:
+def time_left_s(request: Request) -> float | None:
+    """Give the seconds that the caller has left for its request; None where it does not say.
+
+    Raises:
+        InvalidRequest: it does not say it in milliseconds.
+    """
     given = request.headers.get("X-Deadline-Ms")
     if given is None:
         return None

@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from rbee_contracts.errors import DeadlineExceeded, NotFound, NotImplementedHere, RbeeError, Unavailable
 from rbee_contracts.events import AnyEvent
-from rbee_contracts.ids import hop_job_id, is_step_key, new_job_id
+from rbee_contracts.ids import hop_job_id, is_hop_job_id, is_step_key, new_job_id
 from rbee_contracts.jobs import JobPage, JobRecord, JobState
 from rbee_contracts.operations import Infer, OpenAI, Operation, WorkerSpawn
 from rbee_contracts.sse import START, Position
@@ -100,15 +100,19 @@ class JobServer:
         self.registry = JobRegistry()
         self.firehose = Firehose(self.boot, actor, self.clock)
         self.stopping = False
+        self.keeps_jobs = False
+        """Whether a stop lets go of jobs instead of ending them: what runs below goes on for the next run."""
         self._journal = journal
         self._read_output = read_output
         self._restored: list[Job] = []
+        self._rebuilding: dict[str, anyio.Lock] = {}
         self._handlers = handlers
         self._admit = admit
         self._config = config or JobServerConfig()
         self._tasks: TaskGroup | None = None
         self._running: set[Job] = set()
-        self._idle = asyncio.Condition()
+        self._ended: set[asyncio.Event] = set()
+        """Set when a job's handler has ended, for those who wait for that."""
 
     # --- the service's side ------------------------------------------------------------------------------
 
@@ -126,9 +130,8 @@ class JobServer:
 
     def restore(self, stored: RestoredJob) -> None:
         """Take a job over from the run before; called before `run`."""
-        assert self._journal is not None
         job = Job.restored(
-            stored, actor=self.actor, clock=self.clock, publish=self.firehose.publish, journal=self._journal
+            stored, actor=self.actor, clock=self.clock, publisher=self.firehose, journal=self._journal
         )
         self.registry.add(job)
         if not job.is_finished:
@@ -166,12 +169,18 @@ class JobServer:
     @property
     def is_durable(self) -> bool:
         """Whether jobs outlive the process."""
-        return self._journal is not None
+        return self._journal is not None or self.keeps_jobs
 
     async def _wait_until(self, condition: Callable[[], bool], timeout_s: float) -> None:
-        with anyio.move_on_after(timeout_s):
-            async with self._idle:
-                await self._idle.wait_for(condition)
+        ended = asyncio.Event()
+        self._ended.add(ended)
+        try:
+            with anyio.move_on_after(timeout_s):
+                while not condition():
+                    ended.clear()
+                    await ended.wait()
+        finally:
+            self._ended.discard(ended)
 
     # --- the routes' side --------------------------------------------------------------------------------
 
@@ -189,7 +198,8 @@ class JobServer:
             raise NotImplementedHere(
                 f"{operation.name} is known, but the {self.service} of this version cannot execute it."
             )
-        if key is not None and (known := self.registry.find_submitted(key, operation)) is not None:
+        hop_id = hop_job_id(self.service, key) if key and is_step_key(key) else None
+        if key is not None and (known := self.registry.find_submitted(key, operation, hop_id)) is not None:
             if submission.respond_async and known.state == "pending" and self._tasks is not None:
                 self._start(known)
             return known
@@ -199,7 +209,7 @@ class JobServer:
             raise Unavailable("The service is starting; submit again in a moment.")
         self._admit(operation)
         job = Job(
-            job_id=hop_job_id(self.service, key) if key and is_step_key(key) else new_job_id(),
+            job_id=hop_id or new_job_id(),
             seq=self.registry.take_seq(),
             operation=operation,
             correlation_id=submission.correlation_id,
@@ -208,7 +218,7 @@ class JobServer:
             unknown_fields=submission.unknown_fields,
             actor=self.actor,
             clock=self.clock,
-            publish=self.firehose.publish,
+            publisher=self.firehose,
             journal=self._journal,
         )
         self.registry.add(job)
@@ -262,11 +272,21 @@ class JobServer:
             await self.find(job_id)
             raise output_expired(job_id)
         job = self.registry.get(job_id)
-        if self._read_output is not None:
-            async with job.rebuilding:
-                if job.needs_rebuild and not job.rebuild(await self._read_output(job)):
-                    raise output_expired(job_id)
+        if self._read_output is not None and job.needs_rebuild:
+            await self._rebuild(job, self._read_output)
         return self.registry.get_readable(job_id)
+
+    async def _rebuild(self, job: Job, read_output: ReadOutput) -> None:
+        lock = self._rebuilding.setdefault(job.id, anyio.Lock())
+        try:
+            async with lock:
+                if job.needs_rebuild:
+                    if not job.rebuild(await read_output(job)):
+                        raise output_expired(job.id)
+                    self.registry.keep_log(job)
+        finally:
+            if not (lock.locked() or lock.statistics().tasks_waiting):
+                self._rebuilding.pop(job.id, None)
 
     def attach(self, job: Job, position: Position = START) -> LogReader:
         """Read a job's stream from `position`; the first reader starts the job. Pair with `detach`."""
@@ -323,8 +343,7 @@ class JobServer:
         self.registry.sweep(now)
         unfollowed_s = self.firehose.unfollowed_s()
         for job in self._running.copy():
-            is_orphan = job.idempotency_key is not None and is_step_key(job.idempotency_key)
-            if is_orphan and isinstance(job.operation, Infer | OpenAI) and not job.readers:
+            if is_hop_job_id(job.id) and isinstance(job.operation, Infer | OpenAI) and not job.readers:
                 since_start = now - (job.started or now)
                 if min(unfollowed_s, since_start) > self._config.orphan_timeout_s:
                     job.cancel(CancelReason.OWNER_GONE)
@@ -339,9 +358,9 @@ class JobServer:
                 await self._handle(job, context)
         finally:
             self._running.discard(job)
-            with anyio.CancelScope(shield=True):
-                async with self._idle:
-                    self._idle.notify_all()
+            job.scope = None
+            for ended in self._ended:
+                ended.set()
             log.info(
                 "job_ended", operation=job.operation.name, state=job.state, code=job.error and job.error.code
             )

@@ -24,6 +24,8 @@ class Staging:
         position: where a restored job's narration ended; its output is said again from the start.
     """
 
+    __slots__ = ("_held", "_job", "_journal", "_release", "closed", "narrations", "outputs")
+
     def __init__(
         self,
         job: "Job",
@@ -34,7 +36,7 @@ class Staging:
         self._job = job
         self._journal = journal
         self._release = release
-        self._held: deque[tuple[AnyEvent, bytes, bool]] = deque()
+        self._held: deque[tuple[AnyEvent, bytes, bool]] | None = None
         self.narrations = position.narrations
         self.outputs = 0
         self.closed = False
@@ -62,13 +64,29 @@ class Staging:
                 self._journal.ended(self._job, position, body)
             else:
                 self._journal.narrated(self._job, position, body, lower_n)
+        if self._held is None:
+            self._held = deque()
         self._held.append((event, body, is_gate))
         if is_gate:
             self._journal.then(self._gate_opens)
 
+    def pass_output(self) -> bool:
+        """Count an output that is released at once; False where it must come through `add`."""
+        if self._held or self.closed or not self._job.has_spoken:
+            return False
+        self.outputs += 1
+        return True
+
     def _gate_opens(self) -> None:
         """The oldest held event is durable: release it, and what waited only for it."""
-        event, body, _ = self._held.popleft()
+        held = self._held
+        if held is None:
+            return
+        event, body, _ = held.popleft()
         self._release(event, body)
-        while self._held and not self._held[0][2]:
-            self._release(*self._held.popleft()[:2])
+        while held and not held[0][2]:
+            self._release(*held.popleft()[:2])
+        if not held:
+            self._held = None
+            if self.closed:
+                self._job.settle()

@@ -1,8 +1,8 @@
 """Server-sent events on the wire: one ASGI response for whatever gives frames."""
 
 import asyncio
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import anyio
 import structlog
@@ -19,13 +19,29 @@ READER_STALL_S = 30.0
 """A reader that takes so long for one write is closed. Above `PING_S`, whose task looks after it."""
 
 CONNECTION = "rbee.connection"
-"""The ASGI extension of our server: `abort` gives up the connection, `error` is what it was lost by."""
+"""The ASGI extension of our server: its `connection` is the request's `Connection`."""
 
-_HEADERS = [
+STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),
 ]
+
+
+class Connection(Protocol):
+    """What our server lets a response do, besides sending ASGI's messages."""
+
+    error: Exception | None
+    """What the connection was lost by."""
+
+    def abort(self) -> None:
+        """Give up the connection, with all that is not sent yet."""
+
+    def is_writable(self) -> bool:
+        """Whether there is room for a write, and the client has not gone."""
+
+    def write(self, body: bytes) -> None:
+        """Write a piece of the body of a response that has started, at once."""
 
 
 class FrameSource(Protocol):
@@ -40,12 +56,29 @@ class FrameSource(Protocol):
         """Wait until `take` may have something."""
 
 
+@runtime_checkable
+class PushSource(FrameSource, Protocol):
+    """A source that tells when it has more, so that nothing has to wait for it: a job's log."""
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether all that there is was taken, and more may come."""
+
+    def subscribe(self, on_append: Callable[[], None]) -> None:
+        """Have `on_append` called at every append, from within it: it may only note it, or schedule."""
+
+    def unsubscribe(self, on_append: Callable[[], None]) -> None: ...
+
+
 class EventStreamResponse:
     """Stream a source until it is finished or the client has gone; `on_close` is called either way.
 
+    While a job's reader has all there is, nothing runs for it: an append schedules one callback, which
+    writes what has come straight to the connection (`_push`). Whatever has to be waited for is the task's.
+
     What is pending leaves in one write, in more where it is past `WRITE_BYTES`. A client that has gone is
     noticed by its disconnect, not by a failing write; one that stalls, by a write that takes
-    `READER_STALL_S`. Pings are comments, sent when nothing else was for `PING_S`.
+    `READER_STALL_S`. Pings are comments, sent when nothing else was for `PING_S`, unless `pings` is false.
     """
 
     def __init__(
@@ -55,30 +88,35 @@ class EventStreamResponse:
         head: bytes = b"",
         on_close: Callable[[], None],
         job_id: str | None = None,
+        headers: Sequence[tuple[bytes, bytes]] = (),
+        pings: bool = True,
     ) -> None:
         self._source = source
         self._head = head
         self._on_close = on_close
         self._job_id = job_id
+        self._headers = [*STREAM_HEADERS, *headers]
+        self._pings = pings
         self._has_gone = False
         self._wrote = False
         self._writing_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        connection = scope.get("extensions", {}).get(CONNECTION, {})
+        connection: Connection | None = scope.get("extensions", {}).get(CONNECTION, {}).get("connection")
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            await send({"type": "http.response.start", "status": 200, "headers": self._headers})
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._until_disconnect, receive, tasks.cancel_scope)
-                tasks.start_soon(self._watch, send, connection.get("abort", tasks.cancel_scope.cancel))
-                await self._stream(send)
+                abort = tasks.cancel_scope.cancel if connection is None else connection.abort
+                tasks.start_soon(self._watch, send, abort)
+                await self._stream(send, connection)
                 tasks.cancel_scope.cancel()
-            if isinstance(connection.get("error"), TimeoutError):
+            if connection is not None and isinstance(connection.error, TimeoutError):
                 self._log_closed("unanswered")
         finally:
             self._on_close()
 
-    async def _stream(self, send: Send) -> None:
+    async def _stream(self, send: Send, connection: Connection | None) -> None:
         source, head = self._source, self._head
         has_waited = True
         while not self._has_gone:
@@ -95,8 +133,49 @@ class EventStreamResponse:
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
                 return
             if not frames:
-                await source.wait()
+                if connection is not None and isinstance(source, PushSource):
+                    head = await self._push(source, connection)
+                else:
+                    await source.wait()
                 has_waited = True
+
+    async def _push(self, source: PushSource, connection: Connection) -> bytes:
+        """Write what comes in each turn of the loop, in one piece, as long as nothing has to be waited for.
+
+        Ends where the connection is full, at the log's end, and where more is pending than one write.
+        Gives what was taken and is not written.
+        """
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[bytes] = loop.create_future()
+        is_due = False
+
+        def on_append() -> None:
+            nonlocal is_due
+            if not is_due:
+                is_due = True
+                loop.call_soon(flush)
+
+        def flush() -> None:
+            nonlocal is_due
+            is_due = False
+            if over.done():
+                return
+            frames = b""
+            if connection.is_writable():
+                frames = source.take()
+                if 0 < len(frames) <= WRITE_BYTES and not source.finished:
+                    self._wrote = True
+                    connection.write(frames)
+                    frames = b""
+                if not frames and source.is_up_to_date:
+                    return
+            over.set_result(frames)
+
+        source.subscribe(on_append)
+        try:
+            return await over
+        finally:
+            source.unsubscribe(on_append)
 
     async def _write(self, frames: bytes, send: Send, *, is_last: bool) -> None:
         """Send `frames`; no ping comes in between, as a write that waits counts as one that goes on."""
@@ -129,7 +208,7 @@ class EventStreamResponse:
                 # The write may be the last one, which no ping may follow.
                 await anyio.sleep(since + READER_STALL_S - clock())
                 is_stalled = self._writing_since == since
-            if not (is_stalled or self._wrote):
+            if self._pings and not (is_stalled or self._wrote):
                 with anyio.move_on_after(READER_STALL_S) as limit:
                     await send({"type": "http.response.body", "body": PING_FRAME, "more_body": True})
                 is_stalled = limit.cancelled_caught
