@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub_server import running_hub
 from rbee_processes import BIN, MARKER, REPOSITORY, Cluster, marked_processes, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -132,12 +133,14 @@ def test_the_commands_of_the_getting_started_page(cluster: Cluster) -> None:
             assert "rbee-tiny" in run(cluster, command), command
     assert EXPECTED in run(cluster, commands_of("rbee-infer")[0] + " --temperature 0")
 
-    spawn, listing, stop = commands_of("workers")
+    spawn, listing, show, logs, stop = commands_of("workers")
     before = {worker["worker_id"] for worker in cluster.run({"operation": "worker_list"})["workers"]}
     assert "its engine is loading" in run(cluster, spawn)
     after = {worker["worker_id"] for worker in cluster.run({"operation": "worker_list"})["workers"]}
     (worker_id,) = after - before
     assert worker_id in run(cluster, listing)
+    assert "ready" in run(cluster, show, WORKER_ID=worker_id)
+    assert "EngineCore" in run(cluster, logs, WORKER_ID=worker_id)
     run(cluster, stop, WORKER_ID=worker_id)
     assert worker_id not in run(cluster, listing)
 
@@ -157,3 +160,24 @@ def test_the_commands_of_the_getting_started_page(cluster: Cluster) -> None:
         {"operation": "infer", "model": "rbee-tiny", "prompt": PROMPT, "temperature": 0}
     )
     assert EXPECTED in run(cluster, follow, JOB_ID=finished[0]["job_id"])
+
+
+def test_the_commands_for_models_and_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    with running_hub() as hub:
+        hub.add("org/name", REPOSITORY / "models/rbee-tiny")
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        with Cluster(tmp_path, engine="sim", models=models) as cluster:
+            download, listing, show, delete = commands_of("models")
+
+            assert "org/name" in run(cluster, download)
+            assert "org/name" in run(cluster, listing)
+            assert "LlamaForCausalLM" in run(cluster, show)
+            assert "org/name is deleted" in run(cluster, delete)
+            assert "org/name" not in run(cluster, listing)
+            for command in commands_of("machines"):
+                # Each fails where its exit status is not 0.
+                said = run(cluster, command)
+                assert cluster.hive_id in said or command.endswith("check"), command

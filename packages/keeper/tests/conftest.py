@@ -1,11 +1,17 @@
 """Real processes for the keeper's tests: a queen, a hive with simulated workers, and `rbee` itself."""
 
 import contextlib
+import fcntl
 import os
+import pty
+import re
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 import urllib.request
 import uuid
@@ -49,7 +55,7 @@ class Sandbox:
         self.folder = folder
         self.mark = uuid.uuid4().hex
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("RBEE_")}
-        self.environ = inherited | {
+        self.environ: dict[str, str] = inherited | {
             MARK: self.mark,
             "XDG_STATE_HOME": str(folder / "state"),
             "XDG_DATA_HOME": str(folder / "data"),
@@ -95,7 +101,7 @@ class Sandbox:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=100,
             check=False,
         )
 
@@ -103,6 +109,56 @@ class Sandbox:
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 process.kill()
+
+
+class Terminal:
+    """What a command showed at a terminal, escape sequences and all, and how it ended."""
+
+    escapes = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+    def __init__(self, command: list[str], environ: dict[str, str], columns: int) -> None:
+        self.raw = ""
+        self._ours, theirs = pty.openpty()
+        fcntl.ioctl(self._ours, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+        self.process = subprocess.Popen(
+            command,
+            env=environ,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(theirs)
+
+    def until(self, text: str) -> None:
+        """Read on until a text has been shown."""
+        while text not in self.raw:
+            assert self._read(), f"{text!r} was never shown: {self.raw}"
+
+    def type(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
+
+    def end(self) -> int:
+        """Read to the end; give the exit status."""
+        while self._read():
+            pass
+        os.close(self._ours)
+        return self.process.wait(20)
+
+    def _read(self) -> bool:
+        assert select.select([self._ours], [], [], 30)[0], f"nothing more was shown: {self.raw}"
+        try:
+            read = os.read(self._ours, 65536)
+        except OSError:
+            return False
+        self.raw += read.decode(errors="replace")
+        return bool(read)
+
+    @property
+    def text(self) -> str:
+        """What was shown, without what moves and colours it."""
+        return self.escapes.sub("", self.raw).replace("\r\n", "\n")
 
 
 @pytest.fixture
@@ -181,5 +237,62 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterUnderTe
         under_test.start()
         yield under_test
         under_test.stop()
+    finally:
+        sandbox.close()
+
+
+class ScriptedService:
+    """A process that plays a queen with two hives; `rbee` speaks to it."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+        self.url = f"http://127.0.0.1:{free_port()}"
+        sandbox.environ["RBEE_QUEEN_URL"] = self.url
+        with (sandbox.folder / "scripted.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, str(Path(__file__).with_name("scripted_service.py"))),
+                    self.url.rpartition(":")[2],
+                ],
+                env=sandbox.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        wait_until(lambda: answers(f"{self.url}/ready"), "the scripted service answers")
+
+    def rbee(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(BIN / "rbee"), *arguments],
+            env=self.sandbox.environ | environ,
+            input="",
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+
+    def json(self, *arguments: str) -> dict[str, object]:
+        done = self.rbee(*arguments, "--json")
+        return msgspec.json.decode(done.stdout, type=dict[str, object])
+
+    def terminal(self, *arguments: str, columns: int = 80, **environ: str) -> Terminal:
+        """Start a command at a terminal."""
+        own = {k: v for k, v in self.sandbox.environ.items() if k not in ("COLUMNS", "NO_COLOR")}
+        own["TERM"] = "xterm-256color"
+        return Terminal([str(BIN / "rbee"), *arguments], own | environ, columns)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedService]:
+    sandbox = Sandbox(tmp_path_factory.mktemp("scripted"))
+    try:
+        service = ScriptedService(sandbox)
+        yield service
+        service.stop()
     finally:
         sandbox.close()

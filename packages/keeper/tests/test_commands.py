@@ -20,6 +20,9 @@ from rbee_contracts.nodes import StatusResult
 if TYPE_CHECKING:
     from packages.keeper.tests.conftest import ClusterUnderTest, Sandbox
 
+pytestmark = pytest.mark.timeout(180)
+"""The first test of a run starts the services too."""
+
 UNKNOWN_JOB = "job-00000000-0000-4000-8000-000000000000"
 
 
@@ -226,6 +229,30 @@ def test_status_of_one_hive_directly(cluster: "ClusterUnderTest") -> None:
     assert {cluster.quick, cluster.slow} == {worker.model for worker in status.hives[0].workers}
 
 
+def test_a_hive_asked_directly_shows_that_it_drains(cluster: "ClusterUnderTest") -> None:
+    drained = cluster.rbee("--hive", cluster.hive_url, "hive", "drain")
+    shown = cluster.rbee("--hive", cluster.hive_url, "hive", "show")
+    undone = cluster.rbee("--hive", cluster.hive_url, "hive", "drain", "--undo")
+
+    assert drained.stdout.startswith("The hive takes no new work; ")
+    assert "yes: it takes no new work" in shown.stdout
+    assert undone.stdout.startswith("The hive takes new work; ")
+
+
+def test_a_queen_is_no_hive(cluster: "ClusterUnderTest") -> None:
+    done = cluster.rbee("--hive", cluster.queen_url, "status")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "is a queen, not a hive. Speak to a queen with --queen." in done.stderr
+
+
+def test_no_hive_is_said_with_the_remedy(sandbox: "Sandbox") -> None:
+    done = sandbox.run("rbee", "status", "--hive", "127.0.0.1:9")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no answer from http://127.0.0.1:9" in done.stderr
+
+
 @pytest.mark.parametrize("direct", [False, True])
 def test_lists_name_the_hive_of_each(cluster: "ClusterUnderTest", direct: bool) -> None:
     whom = ["--hive", cluster.hive_url] if direct else []
@@ -290,7 +317,7 @@ def test_a_worker_that_cannot_start_fails_the_command(cluster: "ClusterUnderTest
     done = cluster.rbee("worker", "spawn", "--model", "broken", "--", "--sim-fail-start")
 
     assert (done.returncode, done.stdout) == (1, "")
-    assert "before it was ready" in done.stderr
+    assert "did not become ready" in done.stderr
 
 
 def test_interrupted_spawn_stops_the_worker(cluster: "ClusterUnderTest") -> None:
@@ -304,6 +331,39 @@ def test_interrupted_spawn_stops_the_worker(cluster: "ClusterUnderTest") -> None
     assert process.returncode == 130
     [job] = [job for job in cluster.jobs("--operation", "worker_spawn") if job["model"] == "late"]
     assert job["state"] == "cancelled"
+
+
+def test_a_worker_is_shown_drained_and_its_log_read(cluster: "ClusterUnderTest") -> None:
+    worker_id = cluster.rbee("worker", "spawn", "--model", "fourth").stdout.strip()
+
+    shown = cluster.rbee("worker", "show", worker_id)
+    logs = cluster.rbee("worker", "logs", worker_id, "--lines", "3")
+    processes = cluster.rbee("worker", "processes")
+    drained = cluster.rbee("worker", "drain", worker_id)
+    undone = cluster.rbee("worker", "drain", worker_id, "--undo")
+    unloaded = cluster.rbee("model", "unload", "fourth")
+
+    assert "state     ready" in shown.stdout
+    assert (logs.returncode, len(logs.stdout.splitlines())) == (0, 3)
+    assert worker_id in processes.stdout
+    assert drained.stdout == f"{worker_id} is draining; 0 running, 0 waiting.\n"
+    assert undone.stdout == f"{worker_id} is ready; 0 running, 0 waiting.\n"
+    assert unloaded.stdout == f"fourth is out of device memory: {worker_id} is stopped.\n"
+
+
+def test_a_real_hive_and_the_queen_check_themselves(cluster: "ClusterUnderTest") -> None:
+    for command in (("hive", "check"), ("queen", "check")):
+        done = cluster.rbee(*command)
+
+        assert "0 failed." in done.stdout
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_process_that_is_not_ours_is_refused(cluster: "ClusterUnderTest") -> None:
+    done = cluster.rbee("worker", "kill", str(os.getpid()), "--yes")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Error: " in done.stderr
 
 
 def test_stopping_an_unknown_worker_fails(cluster: "ClusterUnderTest") -> None:

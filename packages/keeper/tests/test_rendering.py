@@ -1,6 +1,8 @@
 """What is decided without a cluster: whom to ask, what is printed, what is said about errors."""
 
 import io
+import subprocess
+import sys
 
 import pytest
 
@@ -8,10 +10,12 @@ from rbee_contracts.errors import RbeeError
 from rbee_contracts.jobs import JobRecord
 from rbee_contracts.nodes import Device, WorkerInfo
 from rbee_job_client import Unreachable
-from rbee_keeper import render
-from rbee_keeper.output import Grid, Output, printable
+from rbee_keeper import render, units
+from rbee_keeper.grid import Grid
+from rbee_keeper.output import Output
 from rbee_keeper.remedies import explain
 from rbee_keeper.settings import Options, resolve
+from rbee_keeper.text import printable
 
 JOB = "job-00000000-0000-4000-8000-000000000000"
 
@@ -105,12 +109,12 @@ def test_a_document_is_one_line_in_a_pipe_and_indented_for_a_person() -> None:
     [(0.04, "0.0s"), (9.96, "10.0s"), (59.6, "60s"), (61, "1m 1s"), (7260, "2h 1m"), (90_000, "1d 1h")],
 )
 def test_durations(seconds: float, expected: str) -> None:
-    assert expected == render.duration(seconds)
+    assert expected == units.duration(seconds)
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, "0 B"), (1_841_368, "1.84 MB"), (15e9, "15 GB")])
 def test_sizes(count: float, expected: str) -> None:
-    assert expected == render.size(count)
+    assert expected == units.size(count)
 
 
 def test_a_failed_worker_shows_its_exit_status() -> None:
@@ -131,7 +135,7 @@ def test_a_failed_worker_shows_its_exit_status() -> None:
 
     [row] = render.workers([("box", worker)]).rows
 
-    assert row == ("w", "m", "failed(-9)", "box", "cuda:0,1", "9300", "7", "0", "0", "26%")
+    assert row == ("w", "m", "failed(-9)", "box", "cuda:0,1", "9300", "7", "0", "0", "26%", "-", "-", "-")
 
 
 def test_a_device_tells_what_it_knows() -> None:
@@ -139,7 +143,10 @@ def test_a_device_tells_what_it_knows() -> None:
 
     [row] = render.devices([("box", gpu)]).rows
 
-    assert row == ("cuda:0", "box", "H200", "1.0 of 128 GiB", "-", "-", "100 W")
+    assert row == (
+        *("cuda:0", "box", "H200", "█░░░░░░░░░░░░░░░", "1.0 GiB", "-", "128.0 GiB", "-", "-", "100 W"),
+        *("0", "ok"),
+    )
 
 
 def test_a_job_without_times_has_no_duration() -> None:
@@ -162,3 +169,14 @@ def test_errors_are_explained_with_what_to_do() -> None:
 
 def test_printable_keeps_text() -> None:
     assert printable("äöü → 日本\n\t\r\x00\x7f") == "äöü → 日本\n\t"
+
+
+def test_help_loads_no_client_and_no_drawing() -> None:
+    code = (
+        "import sys, rbee_keeper.app as app; app.build_app()\n"
+        "print([name for name in ('asyncio', 'httpx', 'aiohttp', 'rich', 'ssl') if name in sys.modules])"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "[]\n"

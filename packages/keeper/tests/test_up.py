@@ -1,15 +1,25 @@
 """`rbee up`: what it starts, what it says, and that it leaves nothing behind, however it ends."""
 
+import io
 import signal
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psutil
 import pytest
 
+from rbee_contracts.nodes import WorkerInfo
+from rbee_keeper.output import Output
+from rbee_keeper.up.voice import Voice
+from rbee_keeper.up.workers import Seen, compare
+
 if TYPE_CHECKING:
     from packages.keeper.tests.conftest import Sandbox
+
+pytestmark = pytest.mark.timeout(180)
+"""The first test of a run starts the services too."""
 
 MODEL = "sim-model"
 
@@ -137,7 +147,7 @@ def test_a_model_that_cannot_be_loaded_ends_it_all(sandbox: "Sandbox") -> None:
     exit_code, stderr = up.end()
 
     assert (exit_code, failed["code"]) == (1, "worker_spawn_failed")
-    assert "before it was ready" in stderr
+    assert "did not become ready" in stderr
     assert sandbox.processes() == []
 
 
@@ -157,18 +167,71 @@ def test_a_child_that_dies_is_named_and_the_rest_stopped(sandbox: "Sandbox", nam
     assert sandbox.processes() == []
 
 
-def test_a_worker_that_dies_is_told(sandbox: "Sandbox") -> None:
+def test_a_worker_that_dies_is_told_and_started_again(sandbox: "Sandbox") -> None:
     up = Up(sandbox, "--model", MODEL)
     up.until("up")
 
     sandbox.find("rbee_worker").kill()
-    failed = up.until("worker_failed")
+    died = up.until("worker_restart")
+    again = up.until("worker_ready")
     up.process.send_signal(signal.SIGINT)
     exit_code, _ = up.end()
 
     assert exit_code == 0
-    assert f"rbee worker spawn --model {MODEL}" in failed["message"]
+    assert "signal 9" in died["message"]
+    assert ".log" in died["message"]
+    assert MODEL in again["message"]
     assert sandbox.processes() == []
+
+
+def seen(*states: dict[str, Any]) -> list[str]:
+    """Give the actions that heartbeats with one worker in these states lead to."""
+    stdout = io.StringIO()
+    voice = Voice(Output(json=True, stdout=stdout, stderr=io.StringIO()))
+    known: dict[str, Seen] = {}
+    fields: dict[str, Any] = {"worker_id": "w", "model": "m", "pid": 7, "port": 9300}
+    fields |= {
+        "running": 0,
+        "waiting": 0,
+        "kv_cache_usage": 0,
+        "worker": "cpu",
+        "devices": [0],
+        "started_at": "",
+    }
+    for state in states:
+        workers = [WorkerInfo(**fields | state)] if state else []
+        known = compare(known, workers, voice, Path("logs"))
+    return [msgspec.json.decode(line)["action"] for line in stdout.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("states", "told"),
+    [
+        (["starting", "ready", "busy", "ready", "busy"], ["worker_ready"]),
+        (["ready", "draining", "ready"], ["worker_ready"]),
+        (["ready", "sleeping", "ready"], ["worker_ready"]),
+        (["ready", "failed", "failed", ""], ["worker_ready", "worker_failed"]),
+        (["ready", "stopping", ""], ["worker_ready", "worker_stopped"]),
+        (["ready", "starting 1", "ready 1"], ["worker_ready", "worker_restart", "worker_ready"]),
+        (["ready", "ready 1"], ["worker_ready", "worker_restart", "worker_ready"]),
+        (["ready 3", "busy 3"], ["worker_ready"]),
+    ],
+    ids=[
+        "busy",
+        "drained",
+        "asleep",
+        "failed",
+        "stopped",
+        "restarted",
+        "restarted-unseen",
+        "restarted-before",
+    ],
+)
+def test_what_becomes_of_a_worker_is_told_once(states: list[str], told: list[str]) -> None:
+    words = [state.split() for state in states]
+    beats = [{"state": word[0], "restarts": int((*word, "0")[1])} if word else {} for word in words]
+
+    assert seen(*beats) == told
 
 
 def test_a_second_ctrl_c_ends_what_does_not_stop(sandbox: "Sandbox") -> None:

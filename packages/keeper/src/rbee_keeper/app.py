@@ -1,12 +1,11 @@
 """The command line as a whole: every command, and the options that may stand before one."""
 
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
 from rbee_keeper.command import HiveOption, JsonOption, QueenOption, TokenFileOption
-from rbee_keeper.commands import infer, job, node, up, worker
+from rbee_keeper.commands import device, hive, infer, job, model, queen, status, up, worker
 from rbee_keeper.settings import Options
 
 
@@ -18,11 +17,15 @@ def build_app() -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        # Plain help: the drawn one takes twice as long to come, and names the type of every switch.
+        rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
 
     def show_version(is_wanted: bool) -> None:
         if is_wanted:
+            from importlib.metadata import version
+
             typer.echo(f"rbee {version('rbee-keeper')}")
             raise typer.Exit
 
@@ -39,10 +42,6 @@ def build_app() -> typer.Typer:
     ) -> None:
         context.obj = Options(queen=queen, hive=hive, token_file=token_file, json=json)
 
-    up.register(app)
-    node.register_status(app)
-    infer.register(app)
-    worker.register(app)
-    job.register(app)
-    node.register_lists(app)
+    for group in (up, status, infer, model, worker, device, hive, queen, job):
+        group.register(app)
     return app

@@ -1,21 +1,24 @@
 """How a function becomes a command: the options all have, one run, and its end as an exit status."""
 
-import asyncio
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
+import msgspec
 import typer
 from msgspec import Struct
 
-from rbee_contracts.errors import RbeeError
-from rbee_keeper.interrupt import Interrupted, interruptible
+from rbee_contracts.errors import InvalidRequest, RbeeError
+from rbee_contracts.operations import AnyOperation, decode_operation
 from rbee_keeper.output import Output
 from rbee_keeper.settings import Options, Settings, resolve
+from rbee_keeper.text import one_line
 
 if TYPE_CHECKING:
     from rbee_job_client import JobClient
@@ -58,6 +61,28 @@ JsonOption = Annotated[
 HiveIdOption = Annotated[
     str | None, typer.Option("--hive-id", metavar="NAME", help="Which hive; needed where there are several.")
 ]
+AllHivesOption = Annotated[
+    str | None, typer.Option("--hive-id", metavar="NAME", help="Only this hive (default: all that answer).")
+]
+OwnerOption = Annotated[
+    str | None, typer.Option("--hive-id", metavar="NAME", help="On this hive (default: the one that has it).")
+]
+HiveIdArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="HIVE_ID", help="Which hive; needed where there are several.", show_default=False),
+]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder in the models folder, ORG/NAME, or ORG/NAME@REVISION.",
+        show_default=False,
+    ),
+]
+WorkerIdArgument = Annotated[
+    str, typer.Argument(metavar="WORKER_ID", help="Its id, as rbee worker list tells it.", show_default=False)
+]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 class Call(Struct, frozen=True):
@@ -70,9 +95,12 @@ class Call(Struct, frozen=True):
 
     def connect(self) -> "AbstractAsyncContextManager[JobClient]":
         # Imported here: an HTTP client takes longer to load than `rbee --help` may last.
-        from rbee_keeper.client import connect
+        from rbee_keeper.connection import PatientClient
 
-        return connect(self.settings)
+        settings = self.settings
+        return PatientClient(
+            settings.url, token=settings.token, on_connection=partial(self.out.connection, settings.url)
+        )
 
 
 Command: TypeAlias = Callable[..., Coroutine[Any, Any, int | None]]
@@ -101,7 +129,7 @@ def command(
             call = _call(options.over(context.obj))
             raise typer.Exit(_run(call, function(call, **values), has_own_signals))
 
-        run.__doc__ = function.__doc__
+        run.__doc__ = _reflowed(function.__doc__ or "")
         own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "call"]
         run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [
@@ -119,6 +147,12 @@ def command(
     return register
 
 
+def _reflowed(doc: str) -> str:
+    """Give each paragraph on one line: help is as wide as the terminal, not as the source."""
+    paragraphs = inspect.cleandoc(doc).split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
 def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
@@ -134,6 +168,11 @@ def _call(options: Options) -> Call:
 
 
 def _run(call: Call, work: Coroutine[Any, Any, int | None], has_own_signals: bool) -> int:
+    # Imported here, as is what connects: `rbee --help` needs no loop.
+    import asyncio
+
+    from rbee_keeper.interrupt import Interrupted, interruptible
+
     try:
         return asyncio.run(work if has_own_signals else interruptible(work)) or EXIT_OK
     except RbeeError as exc:
@@ -145,6 +184,49 @@ def _run(call: Call, work: Coroutine[Any, Any, int | None], has_own_signals: boo
     except BrokenPipeError:
         call.out.abandon()
         return EXIT_BROKEN_PIPE
+
+
+def checked(operation: str, **fields: Any) -> AnyOperation:
+    """Make an operation, by the contracts' own bounds: what cannot work is not sent. None: not given.
+
+    Raises:
+        typer.BadParameter: a field is not what it must be.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    try:
+        return decode_operation(msgspec.json.encode({"operation": operation} | given))
+    except InvalidRequest as exc:
+        raise typer.BadParameter(exc.details.removeprefix(f"{operation}: ")) from exc
+    except UnicodeEncodeError as exc:
+        raise typer.BadParameter("this is not text in UTF-8") from exc
+
+
+def confirm(question: str, *, is_sure: bool) -> None:
+    """Ask a person before something that cannot be taken back; where there is none, it must be said.
+
+    Raises:
+        typer.Exit: the answer is not yes.
+        typer.BadParameter: nobody can be asked, and `--yes` was not given.
+        KeyboardInterrupt: the answer is Ctrl-C.
+    """
+    if is_sure:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise typer.BadParameter("this cannot be taken back; where nobody can be asked, say --yes")
+    # While a person is asked no loop runs that could take the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        sys.stderr.write(f"{one_line(question)} [y/N] ")
+        sys.stderr.flush()
+        answer = sys.stdin.readline()
+    except KeyboardInterrupt:
+        sys.stderr.write("\nNothing was done.\n")
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if answer.strip().lower() not in ("y", "yes"):
+        sys.stderr.write("Nothing was done.\n")
+        raise typer.Exit(EXIT_FAILED)
 
 
 def stdin_text() -> str:

@@ -7,7 +7,7 @@ _BY_CODE = {
     "job_not_found": "See which jobs there are: rbee job list",
     "output_expired": "See how it ended: rbee job show JOB_ID",
     "unauthorized": "Give its token: RBEE_TOKEN, or --token-file FILE.",
-    "not_implemented": "Ask the service that owns it: a queen with --queen, a hive with --hive.",
+    "not_implemented": "Ask another service, with --queen or --hive, or bring this one up to date.",
     "shutting_down": "Try again when it has started again.",
 }
 

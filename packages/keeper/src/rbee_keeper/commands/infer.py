@@ -2,13 +2,10 @@
 
 from typing import Annotated, Any
 
-import msgspec
 import typer
 
-from rbee_contracts.errors import InvalidRequest
 from rbee_contracts.events import AnyEvent, Token
-from rbee_contracts.operations import Infer, decode_operation
-from rbee_keeper.command import Call, command, stdin_text
+from rbee_keeper.command import Call, checked, command, stdin_text
 from rbee_keeper.output import Output
 
 
@@ -71,41 +68,29 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Generate text. Exit status: 0 done, 1 failed, 130 cancelled with Ctrl-C."""
         text = stdin_text() if prompt == "-" else prompt
-        asked: dict[str, Any] = {"operation": "infer", "model": model}
+        asked: dict[str, Any] = {"prompt": text}
         if chat or system is not None:
             instructions = [] if system is None else [{"role": "system", "content": system}]
-            asked["messages"] = [*instructions, {"role": "user", "content": text}]
-        else:
-            asked["prompt"] = text
-        parameters = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "seed": seed,
-            "stop": stop or None,
-            "hive_id": hive_id,
-            "worker_id": worker_id,
-            "timeout_s": timeout_s,
-        }
-        operation = _operation(asked | {k: v for k, v in parameters.items() if v is not None})
+            asked = {"messages": [*instructions, {"role": "user", "content": text}]}
+        operation = checked(
+            "infer",
+            model=model,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop or None,
+            hive_id=hive_id,
+            worker_id=worker_id,
+            timeout_s=timeout_s,
+            **asked,
+        )
 
         from rbee_keeper.client import perform
 
         async with call.connect() as client:
-            await perform(client, operation, _Printer(call.out, verbose), is_ours=True)
+            await perform(client, operation, _Printer(call.out, verbose), is_ours=True, on_left=call.out.left)
         call.out.end_text()
-
-
-def _operation(asked: dict[str, Any]) -> Infer:
-    """Check the request here by the contracts' own bounds, so that what cannot work is not sent."""
-    try:
-        operation = decode_operation(msgspec.json.encode(asked))
-    except InvalidRequest as exc:
-        raise typer.BadParameter(exc.details.removeprefix("infer: ")) from exc
-    except UnicodeEncodeError as exc:
-        raise typer.BadParameter("the prompt is not text in UTF-8") from exc
-    assert isinstance(operation, Infer)
-    return operation
 
 
 class _Printer:

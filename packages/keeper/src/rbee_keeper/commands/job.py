@@ -5,11 +5,11 @@ from typing import Annotated, Literal, get_args
 import typer
 
 from rbee_contracts.errors import Conflict
-from rbee_contracts.events import AnyEvent, Token
 from rbee_contracts.jobs import JobState
 from rbee_contracts.sse import START, parse_event_id
-from rbee_keeper import render
+from rbee_keeper import details, render
 from rbee_keeper.command import Call, command
+from rbee_keeper.telling import Teller
 
 JobIdArgument = Annotated[str, typer.Argument(metavar="JOB_ID", show_default=False)]
 State = Literal["pending", "running", "completed", "failed", "cancelled"]
@@ -24,7 +24,10 @@ def register(app: typer.Typer) -> None:
     async def list_(
         call: Call,
         *,
-        state: Annotated[State | None, typer.Option("--state", help="Only jobs in this state.")] = None,
+        state: Annotated[
+            State | None,
+            typer.Option("--state", metavar="|".join(get_args(State)), help="Only jobs in this state."),
+        ] = None,
         operation: Annotated[
             str | None, typer.Option("--operation", metavar="NAME", help="Only this operation, e.g. infer.")
         ] = None,
@@ -53,8 +56,7 @@ def register(app: typer.Typer) -> None:
         if call.out.json:
             call.out.document(record)
         else:
-            for line in render.record(record):
-                call.out.line(line)
+            call.out.facts(details.job(record))
 
     @command(jobs, "cancel")
     async def cancel(call: Call, *, job_id: JobIdArgument) -> None:
@@ -91,16 +93,9 @@ def register(app: typer.Typer) -> None:
 
         from rbee_keeper.client import follow
 
-        def show_event(event: AnyEvent) -> None:
-            if call.out.json:
-                call.out.event(event)
-            elif isinstance(event, Token):
-                call.out.text(event.message)
-            elif event.action != "error" and event.action != "chunk":
-                call.out.narrate(event)
-
         async with call.connect() as client:
-            await follow(client, _path_part(job_id), start, show_event)
+            with Teller(call.out, events=True, output=True, whole=True) as tell:
+                await follow(client, _path_part(job_id), start, tell)
         call.out.end_text()
 
 

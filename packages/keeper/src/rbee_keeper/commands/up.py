@@ -27,7 +27,9 @@ def register(app: typer.Typer) -> None:
                 help="The models folder (default: RBEE_MODELS_DIR, else ./models, else the hive's own).",
             ),
         ] = None,
-        host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+        host: Annotated[
+            str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
+        ] = "127.0.0.1",
         queen_port: Annotated[
             int, typer.Option("--queen-port", metavar="PORT", min=0, max=65535, help="0 takes a free one.")
         ] = 7833,

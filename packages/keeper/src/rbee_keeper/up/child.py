@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rbee_keeper.output import printable
+from rbee_keeper.text import printable
 
 TAIL_LINES = 12
 TAIL_BYTES = 65_536

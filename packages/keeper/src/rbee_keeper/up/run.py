@@ -19,7 +19,7 @@ from rbee_contracts.operations import DeviceList, ModelList, WorkerSpawn
 from rbee_job_client import JobClient, Rejected, StreamCut, Timeouts, Unreachable
 from rbee_keeper.client import perform
 from rbee_keeper.output import Output
-from rbee_keeper.render import duration
+from rbee_keeper.units import duration
 from rbee_keeper.up.cluster import ChildDied, Cluster, Stopped
 from rbee_keeper.up.plan import Plan, Wanted, make_plan, taken
 from rbee_keeper.up.voice import Voice
