@@ -1,4 +1,4 @@
-"""The hive's configuration: command line and environment, read once."""
+"""The hive's configuration: flags, environment and file, read once into one frozen struct."""
 
 import argparse
 import os
@@ -6,22 +6,64 @@ import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from msgspec import Struct
 
-from rbee_contracts.ids import HIVE_ID_PATTERN
+from rbee_hive import VERSION
+from rbee_hive.devices.machine import DeviceChoice
+from rbee_hive.devices.reservations import DeviceKey
+from rbee_hive.settings import SETTINGS
+from rbee_hive.sources import BadSetting, Value, Values, build_parser, parse_flags, read_values, show
+from rbee_hive.supervisor.machine import Policy
 from rbee_job_server.access import AccessConfig
 from rbee_job_server.guards import Limits
-from rbee_job_server.logs import LEVELS
-from rbee_job_server.options import add_guard_options, read_guard_options
+from rbee_job_server.options import read_guard_options
 
-DEFAULT_PORT = 7835
-DEFAULT_QUEEN_URL = "http://127.0.0.1:7833"
+SYSTEM_FILE = Path("/etc/rbee/hive.toml")
+"""Read when no file is named and the user has none."""
+
+CPU_KEPT_FREE_BYTES = 1 << 30
+"""RAM that no worker gets unless the configuration says otherwise: the hive, and what else runs here."""
+
+
+class PortRange(Struct, frozen=True, kw_only=True):
+    """The ports that workers get, the lowest free one first."""
+
+    first: int = 9300
+    last: int = 9999
+
+
+class LogLimits(Struct, frozen=True, kw_only=True):
+    """How much is kept of workers' logs.
+
+    Args:
+        bytes_each: a log beyond this is moved aside.
+        parts: moved parts of one log that are kept.
+        workers: logs of workers that are gone which are kept.
+    """
+
+    bytes_each: int = 16 << 20
+    parts: int = 3
+    workers: int = 64
+
+
+class HubConfig(Struct, frozen=True, kw_only=True):
+    """The model hub; None is what huggingface_hub takes by itself."""
+
+    endpoint: str | None = None
+    token_file: Path | None = None
 
 
 class HiveConfig(Struct, frozen=True, kw_only=True):
-    """What `rbee-hive` was started with. `queen_url` is None for a hive on its own."""
+    """What `rbee-hive` was started with. `queen_url` is None for a hive on its own.
+
+    Args:
+        model_roots: further folders with models, which are only read.
+        labels: what the scheduler and people tell hives apart by.
+        kept_free: bytes that no worker gets, by device.
+        peers: whether models are taken from other hives, and given to them.
+    """
 
     hive_id: str
     host: str
@@ -34,90 +76,150 @@ class HiveConfig(Struct, frozen=True, kw_only=True):
     worker_engine: Literal["vllm", "sim"]
     access: AccessConfig = AccessConfig()
     limits: Limits = Limits()
+    model_roots: tuple[Path, ...] = ()
+    labels: dict[str, str] = {}
+    peers: bool = True
+    hub: HubConfig = HubConfig()
+    device_choice: DeviceChoice = DeviceChoice()
+    kept_free: dict[DeviceKey, int] = {}
+    supervision: Policy = Policy()
+    worker_ports: PortRange = PortRange()
+    worker_logs: LogLimits = LogLimits()
 
 
-def parse(argv: list[str], environ: Mapping[str, str]) -> HiveConfig:
-    """Read the command line; `RBEE_QUEEN_URL`, `RBEE_MODELS_DIR` and `RBEE_TOKEN` stand in for missing flags.
+class Loaded(Struct, frozen=True, kw_only=True):
+    """The configuration, and the settings it was made of as TOML. `is_shown`: they are all that was asked."""
+
+    config: HiveConfig
+    text: str
+    is_shown: bool
+
+
+def load(argv: list[str], environ: Mapping[str, str], *, system_file: Path = SYSTEM_FILE) -> Loaded:
+    """Read flags, environment and file.
+
+    The file is the one of `--config` or `RBEE_CONFIG`, else `$XDG_CONFIG_HOME/rbee/hive.toml`, else
+    `system_file`.
 
     Raises:
-        SystemExit: with status 2 and one clear line, when it cannot be used.
+        SystemExit: with status 2 and one clear line, when something cannot be used.
     """
     home = Path(environ.get("HOME", "/"))
     data = Path(environ.get("XDG_DATA_HOME") or home / ".local/share")
     state = Path(environ.get("XDG_STATE_HOME") or home / ".local/state")
-    parser = argparse.ArgumentParser(
-        prog="rbee-hive", description="Own this machine: its devices, its models and its workers."
+    own_file = Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "rbee/hive.toml"
+    parser = build_parser("rbee-hive", "Own this machine: its devices, its models and its workers.")
+
+    def refuse(message: str) -> NoReturn:
+        parser.exit(2, f"{parser.prog}: error: {message}\n")
+
+    args = parse_flags(parser, argv)
+    try:
+        values = read_values(args, environ, [own_file, system_file])
+    except BadSetting as exc:
+        refuse(str(exc))
+    hive_id = values.get("hive_id") or _default_hive_id()
+    values = _with_defaults(
+        values,
+        {
+            "hive_id": hive_id,
+            "models_dir": str(data / "rbee/models"),
+            "state_dir": str(state / "rbee" / hive_id),
+        },
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument(
-        "--port", type=int, default=DEFAULT_PORT, help="default: %(default)s; 0 takes a free one"
+    ports = PortRange(first=values.get("workers.first_port"), last=values.get("workers.last_port"))
+    if ports.first > ports.last:
+        refuse(f"workers.first_port {ports.first} is above workers.last_port {ports.last}.")
+    guarding = read_guard_options(
+        parser,
+        argparse.Namespace(
+            host=values.get("host"),
+            token_file=values.get("token_file"),
+            allowed_host=values.get("allowed_hosts"),
+            max_body_bytes=values.get("max_body_bytes"),
+        ),
+        environ,
     )
-    parser.add_argument(
-        "--hive-id",
-        metavar="NAME",
-        default=_default_hive_id(),
-        help="unique in the cluster (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--queen-url",
-        metavar="URL",
-        default=environ.get("RBEE_QUEEN_URL") or DEFAULT_QUEEN_URL,
-        help="where the queen is; 'none' for a hive on its own (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--models-dir",
-        metavar="DIR",
-        type=Path,
-        default=Path(environ.get("RBEE_MODELS_DIR") or data / "rbee/models"),
-        help="the models folder (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--state-dir",
-        metavar="DIR",
-        type=Path,
-        help=f"worker logs are kept here (default: {state}/rbee/<hive id>)",
-    )
-    parser.add_argument(
-        "--drain-timeout-s",
-        type=float,
-        default=30.0,
-        help="seconds for running jobs on SIGTERM (default: %(default)s)",
-    )
-    parser.add_argument("--log-level", choices=LEVELS, default="info")
-    parser.add_argument(
-        "--worker-engine",
-        choices=("vllm", "sim"),
-        default="vllm",
-        help="sim: workers model a GPU engine, for load tests (default: %(default)s)",
-    )
-    add_guard_options(parser)
-    args = parser.parse_args(argv)
-    if not re.search(HIVE_ID_PATTERN, args.hive_id):
-        parser.error(f"--hive-id {args.hive_id!r} may only have 1 to 64 letters, digits, '.', '_' and '-'")
-    queen_url = None if args.queen_url == "none" else args.queen_url.rstrip("/")
-    if queen_url is not None and not re.match(r"https?://[^/?#\s]+\Z", queen_url):
-        parser.error(f"--queen-url {args.queen_url!r} is not of the form http://HOST:PORT")
-    if not 0 <= args.port <= 65535:
-        parser.error(f"--port {args.port} is not a port")
-    guarding = read_guard_options(parser, args, environ)
-    return HiveConfig(
-        hive_id=args.hive_id,
-        host=args.host,
-        port=args.port,
-        queen_url=queen_url,
-        models_dir=args.models_dir.expanduser().absolute(),
-        state_dir=(args.state_dir or state / "rbee" / args.hive_id).expanduser().absolute(),
-        drain_timeout_s=args.drain_timeout_s,
-        log_level=args.log_level,
-        worker_engine=args.worker_engine,
+    queen_url = values.get("queen_url")
+    use = values.get("devices.use")
+    hub_token = values.get("hub.token_file")
+    config = HiveConfig(
+        hive_id=hive_id,
+        host=values.get("host"),
+        port=values.get("port"),
+        queen_url=None if queen_url == "none" else queen_url.rstrip("/"),
+        models_dir=_path(values.get("models_dir")),
+        state_dir=_path(values.get("state_dir")),
+        drain_timeout_s=values.get("drain_timeout_s"),
+        log_level=values.get("log_level"),
+        worker_engine=values.get("worker_engine"),
         access=guarding.access,
         limits=guarding.limits,
+        model_roots=tuple(_path(root) for root in values.get("model_roots")),
+        labels={key: value.value for key, value in values.labels.items()},
+        peers=values.get("peers"),
+        hub=HubConfig(
+            endpoint=values.get("hub.endpoint"), token_file=None if hub_token is None else _path(hub_token)
+        ),
+        device_choice=DeviceChoice(
+            use=None if use is None else tuple(use), ignore=tuple(values.get("devices.ignore"))
+        ),
+        kept_free={_device_key(name): value.value for name, value in values.kept_free.items()},
+        supervision=_policy(values),
+        worker_ports=ports,
+        worker_logs=LogLimits(
+            bytes_each=values.get("workers.log_bytes"),
+            parts=values.get("workers.log_parts"),
+            workers=values.get("workers.logs_kept"),
+        ),
     )
+    note = [
+        f"rbee-hive {VERSION}. Behind each value: where it came from (flag, environment, file, default).",
+        f"file: {values.file or 'none'}",
+        f"token: {'set (hidden)' if config.access.token else 'none'}",
+    ]
+    return Loaded(config=config, text=show(values, note=note), is_shown=bool(args.command))
+
+
+def parse(argv: list[str], environ: Mapping[str, str]) -> HiveConfig:
+    """Read flags, environment and file into the configuration.
+
+    Raises:
+        SystemExit: with status 2 and one clear line, when something cannot be used.
+    """
+    return load(argv, environ).config
 
 
 def environment() -> dict[str, str]:
     """The one place that reads the process's environment; workers inherit it."""
     return dict(os.environ)
+
+
+def _with_defaults(values: Values, defaults: Mapping[str, str]) -> Values:
+    """Put in what depends on the machine."""
+    given = dict(values.of)
+    for name, value in defaults.items():
+        given.setdefault(name, Value(value, "default"))
+    given = {setting.name: given[setting.name] for setting in SETTINGS if setting.name in given}
+    kept_free = dict(values.kept_free)
+    kept_free.setdefault("cpu", Value(CPU_KEPT_FREE_BYTES, "default"))
+    return Values(of=given, labels=values.labels, kept_free=kept_free, file=values.file)
+
+
+def _policy(values: Values) -> Policy:
+    prefix = "workers."
+    fields = {
+        name.removeprefix(prefix): value.value for name, value in values.of.items() if name.startswith(prefix)
+    }
+    return Policy(**{name: fields[name] for name in Policy.__struct_fields__ if name in fields})
+
+
+def _device_key(name: str) -> DeviceKey:
+    return ("cpu", 0) if name == "cpu" else ("cuda", int(name))
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser().absolute()
 
 
 def _default_hive_id() -> str:

@@ -1,60 +1,68 @@
-"""Making the hive known: its heartbeat every second, its announcement while no queen follows."""
+"""Making the hive known: its heartbeat every second, its announcement while no queen follows it."""
 
+import math
+import random
 from datetime import UTC, datetime
 
 import anyio
-import anyio.to_thread
 import structlog
 
 from rbee_contracts.errors import RbeeError
-from rbee_contracts.nodes import HiveHeartbeat, HiveReady
+from rbee_contracts.nodes import HiveReady
 from rbee_hive import VERSION
 from rbee_hive.config import HiveConfig
-from rbee_hive.devices import Devices
-from rbee_hive.models import Models
-from rbee_hive.workers import Workers
+from rbee_hive.supervisor.workers import Workers
+from rbee_hive.telemetry import Telemetry
 from rbee_job_client import JobClient
 from rbee_job_server.beats import BEAT_EVERY_S, Beats
 
 log = structlog.get_logger(__name__)
 
 ANNOUNCE_EVERY_S = 2.0
+"""The longest pause between two announcements. Half of it is chance, so that hives that were started together
+do not speak together for ever."""
+
+CHANGE_EVERY_S = 0.05
+"""Workers that change one after another are told together, after so long."""
+
+
+def next_due(due: float, now: float, every_s: float = BEAT_EVERY_S) -> float:
+    """Give the first time after `now` that is a whole number of periods after `due`."""
+    return due + every_s * max(1, math.floor((now - due) / every_s) + 1)
 
 
 class Presence:
     """What others see of this hive. `queens` counts the queens that follow it now."""
 
-    def __init__(
-        self, config: HiveConfig, boot: str, workers: Workers, devices: Devices, models: Models
-    ) -> None:
+    def __init__(self, config: HiveConfig, boot: str, workers: Workers, telemetry: Telemetry) -> None:
         self.beats = Beats()
         self.queens = 0
         self._config = config
         self._boot = boot
         self._workers = workers
-        self._devices = devices
-        self._models = models
+        self._telemetry = telemetry
         self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
 
     async def beat(self) -> None:
-        """Publish a heartbeat every second, and at once when a worker changes, for ever."""
-        while True:
-            changed = self._workers.changed
-            devices = await anyio.to_thread.run_sync(self._devices.read)
-            models = await anyio.to_thread.run_sync(self._models.find)
-            self.beats.publish(
-                HiveHeartbeat(
-                    hive_id=self._config.hive_id,
-                    boot=self._boot,
-                    version=VERSION,
-                    timestamp=datetime.now(UTC).isoformat(timespec="milliseconds"),
-                    devices=devices,
-                    workers=self._workers.infos(),
-                    models=models,
-                )
-            )
-            with anyio.move_on_after(BEAT_EVERY_S):
-                await changed.wait()
+        """Publish a heartbeat every second, and soon after a worker has changed, for ever.
+
+        The seconds are counted from the start, so that what a heartbeat costs does not move the next one;
+        one that was missed is left out.
+        """
+        try:
+            await self._telemetry.start()
+            due = anyio.current_time()
+            while True:
+                changed = self._workers.changed
+                self.beats.publish(self._telemetry.heartbeat(self._boot))
+                now = anyio.current_time()
+                due = next_due(due, now)
+                with anyio.move_on_after(due - now) as until_due:
+                    await changed.wait()
+                if not until_due.cancelled_caught:
+                    await anyio.sleep(CHANGE_EVERY_S)
+        finally:
+            self._telemetry.stop()
 
     async def announce(self, port: int) -> None:
         """Tell the queen that this hive is here, whenever no queen follows it, for ever."""
@@ -80,4 +88,4 @@ class Presence:
                     if outcome != told:
                         log.info("queen_announced", queen_url=self._config.queen_url, outcome=outcome)
                         told = outcome
-                await anyio.sleep(ANNOUNCE_EVERY_S)
+                await anyio.sleep(random.uniform(ANNOUNCE_EVERY_S / 2, ANNOUNCE_EVERY_S))
