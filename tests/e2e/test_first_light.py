@@ -255,10 +255,10 @@ def test_kill_of_the_engine_core_ends_the_stream_and_leaves_no_process(cluster: 
     assert error["code"] == "engine_died"
     assert took < 10, "the engine's death was noticed late: it is polled five times a second"
     until(lambda: not any(_is_alive(process) for process in family), "no process of the worker is left", 10)
-    failed = cluster.run({"operation": "worker_get", "worker_id": spawned["worker_id"]})
-    assert failed["state"] == "failed"
-    assert failed["exit_code"] != 0
-    cluster.run({"operation": "worker_stop", "worker_id": spawned["worker_id"]})
+    lost = cluster.run({"operation": "worker_get", "worker_id": spawned["worker_id"]})
+    assert lost["exit_code"] != 0
+    assert "EngineCore" in lost["cause"]
+    cluster.run({"operation": "worker_stop", "worker_id": spawned["worker_id"], "grace_s": 0})
 
 
 def test_a_spawn_that_is_cancelled_while_the_engine_loads_leaves_no_process(cluster: Cluster) -> None:

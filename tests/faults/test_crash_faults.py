@@ -9,11 +9,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
-from rbee_processes import MARKER, marked_processes, read_log, until
+from rbee_processes import MARKER, Service, marked_processes, read_log, until
 
 # The service itself, but for one of its loops, which raises once a file is there.
 _CRASHING = """
@@ -50,7 +51,7 @@ LOOPS = [
     ("rbee_queen", "rbee_job_server.server", "JobServer.run", ["--port", "0"]),
     ("rbee_hive", "rbee_hive.presence", "Presence.beat", HIVE),
     ("rbee_hive", "rbee_hive.presence", "Presence.announce", HIVE),
-    ("rbee_hive", "rbee_hive.workers", "Workers.run", HIVE),
+    ("rbee_hive", "rbee_hive.supervisor.workers", "Workers.run", HIVE),
     ("rbee_hive", "rbee_job_server.server", "JobServer.run", HIVE),
     ("rbee_worker", "rbee_worker.state", "WorkerState.run_engine", WORKER),
     ("rbee_worker", "rbee_job_server.server", "JobServer.run", WORKER),
@@ -128,8 +129,8 @@ def test_a_crashed_loop_ends_the_service_within_a_second(crashing: Crashing) -> 
 
 
 @pytest.mark.parametrize("crashing", [LOOPS[4]], indirect=True)
-def test_a_hive_whose_loop_crashes_leaves_no_worker(crashing: Crashing) -> None:
-    """Its workers cannot be stopped in order by what has crashed; they end all the same."""
+def test_a_hive_whose_loop_crashes_leaves_its_workers_to_the_next(crashing: Crashing) -> None:
+    """They serve on, and the hive that is started again takes them up; stopped in order, it stops them."""
     spawn = {"operation": "worker_spawn", "model": "m"}
     job_id = httpx.post(f"{crashing.url}/v1/jobs", json=spawn).json()["job_id"]
     text = httpx.get(f"{crashing.url}/v1/jobs/{job_id}/stream", timeout=30).text
@@ -139,8 +140,31 @@ def test_a_hive_whose_loop_crashes_leaves_no_worker(crashing: Crashing) -> None:
     took_s = crashing.crash()
 
     assert (crashing.process.returncode, took_s < EXIT_WITHIN_S) == (1, True)
-    _, alive = psutil.wait_procs(workers, timeout=EXIT_WITHIN_S)
+    args = [*HIVE, "--state-dir", str(crashing.log.parent)]
+    hive = Service("rbee-hive", args, crashing.log.with_name("next.log"), crashing.marker)
+    try:
+        assert workers[0].is_running(), "the worker did not outlive its hive"
+        adopted = until(lambda: ready_worker(hive.url), "the worker is adopted, and ready")
+        assert (adopted["pid"], adopted["adopted"]) == (workers[0].pid, True)
+        tokens = run(hive.url, {"operation": "infer", "model": "m", "prompt": "Hi", "max_tokens": 3})
+        assert [line.count('"action":"token"') for line in tokens].count(1) == 3
+    finally:
+        assert hive.terminate() == 0
+    _, alive = psutil.wait_procs(workers, timeout=10)
     assert alive == []
+
+
+def run(url: str, operation: dict[str, object]) -> list[str]:
+    """Run an operation; give the lines of its stream."""
+    job_id = httpx.post(f"{url}/v1/jobs", json=operation).json()["job_id"]
+    return httpx.get(f"{url}/v1/jobs/{job_id}/stream", timeout=30).text.splitlines()
+
+
+def ready_worker(url: str) -> dict[str, Any] | None:
+    """Give the hive's one worker, once it is ready."""
+    complete = next(line for line in run(url, {"operation": "worker_list"}) if "execute_complete" in line)
+    (worker,) = json.loads(complete.removeprefix("data: "))["data"]["workers"]
+    return worker if worker["state"] == "ready" else None
 
 
 _HANGING = """

@@ -1,6 +1,5 @@
 """The hive's routes: the job contract, its capabilities and its heartbeats."""
 
-import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -9,16 +8,20 @@ from starlette.routing import Route
 from rbee_contracts.nodes import Capabilities
 from rbee_hive import VERSION
 from rbee_hive.config import HiveConfig
-from rbee_hive.devices import Devices
+from rbee_hive.models import Models, model_routes
 from rbee_hive.presence import Presence
+from rbee_hive.telemetry import Telemetry
 from rbee_job_server import EventStreamResponse, JobServer, build_app
 from rbee_job_server.errors import json_response
 
 
-def build_hive_app(config: HiveConfig, server: JobServer, presence: Presence, devices: Devices) -> Starlette:
+def build_hive_app(
+    config: HiveConfig, server: JobServer, presence: Presence, telemetry: Telemetry, models: Models
+) -> Starlette:
     async def capabilities(_: Request) -> Response:
-        listed = await anyio.to_thread.run_sync(devices.read)
-        return json_response(Capabilities(hive_id=config.hive_id, version=VERSION, devices=listed))
+        return json_response(
+            Capabilities(hive_id=config.hive_id, version=VERSION, devices=telemetry.devices())
+        )
 
     async def heartbeats(request: Request) -> EventStreamResponse:
         """`?follower=queen` says that a queen follows, so that the hive stops announcing itself."""
@@ -35,7 +38,11 @@ def build_hive_app(config: HiveConfig, server: JobServer, presence: Presence, de
         name="hive",
         service_id=config.hive_id,
         version=VERSION,
-        routes=[Route("/v1/capabilities", capabilities), Route("/v1/heartbeats/stream", heartbeats)],
+        routes=[
+            Route("/v1/capabilities", capabilities),
+            Route("/v1/heartbeats/stream", heartbeats),
+            *(model_routes(models) if config.peers else ()),
+        ],
         access=config.access,
         limits=config.limits,
     )

@@ -2,43 +2,42 @@
 
 from typing import Any
 
-import anyio.to_thread
 import structlog
 
-from rbee_contracts.errors import NotFound
-from rbee_contracts.events import InferResult, Placement, SpawnedWorker
-from rbee_contracts.nodes import DeviceListResult, ModelInfo, ModelListResult, WorkerInfo, WorkerListResult
+from rbee_contracts.errors import NotFound, Unavailable
+from rbee_contracts.events import InferResult, Placement
+from rbee_contracts.nodes import DeviceListResult
 from rbee_contracts.operations import (
     DeviceList,
     Infer,
-    ModelGet,
-    ModelList,
+    ModelDownload,
+    ModelLoad,
+    OpenAI,
     Operation,
-    WorkerGet,
-    WorkerList,
     WorkerSpawn,
-    WorkerStop,
 )
-from rbee_hive.devices import Devices
-from rbee_hive.models import Models
-from rbee_hive.workers import Workers
+from rbee_hive.supervisor.workers import Workers
+from rbee_hive.telemetry import Telemetry
 from rbee_job_server import Handlers, JobContext
+
+NEW_WORK = (Infer, OpenAI, WorkerSpawn, ModelLoad, ModelDownload)
+"""What a draining hive refuses."""
 
 
 class HiveHandlers:
     """Executes the hive's operations on what the hive owns."""
 
-    def __init__(self, hive_id: str, workers: Workers, devices: Devices, models: Models) -> None:
+    def __init__(self, hive_id: str, workers: Workers, telemetry: Telemetry) -> None:
         self._hive_id = hive_id
         self._workers = workers
-        self._devices = devices
-        self._models = models
+        self._telemetry = telemetry
 
     def admit(self, operation: Operation) -> None:
-        """Refuse what is meant for another hive.
+        """Refuse what is meant for another hive, and new work while this one drains.
 
         Raises:
             NotFound: it names another hive.
+            Unavailable: the hive drains.
         """
         named = getattr(operation, "hive_id", None)
         if named not in (None, self._hive_id):
@@ -47,55 +46,34 @@ class HiveHandlers:
                 code="hive_not_found",
                 title="Hive not found",
             )
+        if self._workers.draining and isinstance(operation, NEW_WORK):
+            raise Unavailable(
+                f"Hive {self._hive_id} is draining: it finishes what it has and takes nothing new. "
+                f"To take that back: rbee hive drain {self._hive_id} --undo",
+                code="draining",
+                title="Draining",
+            )
 
     def table(self) -> Handlers:
-        return {
-            Infer: self.infer,
-            WorkerSpawn: self.worker_spawn,
-            WorkerList: self.worker_list,
-            WorkerGet: self.worker_get,
-            WorkerStop: self.worker_stop,
-            DeviceList: self.device_list,
-            ModelList: self.model_list,
-            ModelGet: self.model_get,
-        }
+        return {Infer: self.infer, OpenAI: self.infer, DeviceList: self.device_list}
 
-    async def infer(self, op: Infer, context: JobContext) -> InferResult | Any:
+    async def infer(self, op: Infer | OpenAI, context: JobContext) -> InferResult | Any:
         """Hand an inference to the pinned worker, or to the least busy ready one of its model."""
         context.narrate("infer_start", f"Inference on {op.model} has started.")
-        worker = (
-            self._workers.least_busy(op.model) if op.worker_id is None else self._workers.get(op.worker_id)
-        )
+        step = context.job.find_step("infer", 0)
+        if step is not None:  # taken up again: it goes on where it runs
+            worker = self._workers.get(step.where)
+        elif op.worker_id is None:
+            worker = self._workers.least_busy(op.model or "")
+        else:
+            worker = self._workers.serving(op.worker_id)
         structlog.contextvars.bind_contextvars(worker_id=worker.id)
         context.narrate(
             "infer_worker",
             f"Running on {worker.id}.",
             Placement(hive_id=self._hive_id, worker_id=worker.id, port=worker.port),
         )
-        return await worker.relay.perform(context, op, step="infer")
-
-    async def worker_spawn(self, op: WorkerSpawn, context: JobContext) -> SpawnedWorker:
-        return await self._workers.spawn(op, context)
-
-    async def worker_list(self, _: WorkerList, __: JobContext) -> WorkerListResult:
-        return WorkerListResult(workers=self._workers.infos())
-
-    async def worker_get(self, op: WorkerGet, _: JobContext) -> WorkerInfo:
-        return self._workers.get(op.worker_id).info()
-
-    async def worker_stop(self, op: WorkerStop, context: JobContext) -> WorkerInfo:
-        context.narrate(
-            "worker_stop_start", f"Stopping {op.worker_id}, {op.grace_s:g} s for what runs on it."
-        )
-        stopped = await self._workers.stop(op.worker_id, op.grace_s)
-        context.narrate("worker_stop_complete", f"{op.worker_id} has stopped.")
-        return stopped
+        return await self._workers.line_to(worker.id).perform(context, op, step="infer")
 
     async def device_list(self, _: DeviceList, __: JobContext) -> DeviceListResult:
-        return DeviceListResult(devices=await anyio.to_thread.run_sync(self._devices.read))
-
-    async def model_list(self, _: ModelList, __: JobContext) -> ModelListResult:
-        return ModelListResult(models=await anyio.to_thread.run_sync(self._models.find))
-
-    async def model_get(self, op: ModelGet, _: JobContext) -> ModelInfo:
-        return await anyio.to_thread.run_sync(self._models.get, op.model)
+        return DeviceListResult(devices=self._telemetry.devices())

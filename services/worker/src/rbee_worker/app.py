@@ -19,6 +19,20 @@ def build_worker_app(
     config: WorkerConfig, server: JobServer, state: WorkerState, engine: Engine
 ) -> Starlette:
     async def worker(_: Request) -> Response:
+        state.heard()
+        return json_response(state.status())
+
+    async def probe(_: Request) -> Response:
+        """One token from the engine; an error answer where it gives none."""
+        await state.probe()
+        return json_response(state.status())
+
+    async def sleep(_: Request) -> Response:
+        await state.sleep()
+        return json_response(state.status())
+
+    async def wake(_: Request) -> Response:
+        await state.wake()
         return json_response(state.status())
 
     async def engine_app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -32,7 +46,13 @@ def build_worker_app(
         name="worker",
         service_id=config.worker_id,
         version=VERSION,
-        routes=[Route("/v1/worker", worker), Mount("/", app=engine_app)],
+        routes=[
+            Route("/v1/worker", worker),
+            Route("/v1/worker/probe", probe, methods=["POST"]),
+            Route("/v1/worker/sleep", sleep, methods=["POST"]),
+            Route("/v1/worker/wake", wake, methods=["POST"]),
+            Mount("/", app=engine_app),
+        ],
         not_ready=state.not_ready,
         access=config.access,
         limits=config.limits,

@@ -21,7 +21,8 @@ from rbee_worker.engine.sim import SimParameters, add_arguments, from_args
 class WorkerConfig(Struct, frozen=True, kw_only=True):
     """What `rbee-worker` was started with.
 
-    `listen_fd` is a listening socket that the hive made; `sim` is None with the real engine.
+    `listen_fd` is a listening socket that the hive made; `sim` is None with the real engine. `nonce` is what
+    its hive knows it by, and `hive_absence_s` the silence of its hive after which it stops (None: never).
     """
 
     model: str
@@ -34,11 +35,16 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     log_level: str
     engine_args: list[str]
     sim: SimParameters | None
+    nonce: str = ""
+    hive_absence_s: float | None = None
     access: AccessConfig = AccessConfig()
     limits: Limits = Limits()
 
 
 MAX_TOKEN_BYTES = 4096
+
+NONCE_VARIABLE = "RBEE_WORKER_NONCE"
+"""Set by the hive for a worker and all it starts: the proof that they are the hive's."""
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -81,6 +87,12 @@ def parse(argv: list[str], environ: Mapping[str, str] = _NOTHING) -> WorkerConfi
     parser.add_argument(
         "--token-fd", type=int, metavar="FD", help="inherited pipe that holds this worker's own token"
     )
+    parser.add_argument(
+        "--hive-absence-s",
+        type=float,
+        metavar="S",
+        help="seconds without a word from its hive after which it stops; the hive gives this",
+    )
     add_arguments(
         parser.add_argument_group("sim", "the model of a GPU engine, for load tests; with --engine sim")
     )
@@ -91,6 +103,8 @@ def parse(argv: list[str], environ: Mapping[str, str] = _NOTHING) -> WorkerConfi
         parser.error(f"{name!r} cannot name a model; give --served-model-name, e.g. my-model or org/my-model")
     if not re.search(WORKER_ID_PATTERN, worker_id):
         parser.error(f"--worker-id {worker_id!r} may only have letters, digits, '.', '_' and '-'")
+    if args.hive_absence_s is not None and not args.hive_absence_s > 0:
+        parser.error(f"--hive-absence-s {args.hive_absence_s:g} is not above 0")
     if args.engine == "sim" and engine_args:
         parser.error("the sim engine takes no arguments after --; its own begin with --sim-")
     given = None if args.token_fd is None else _token_from(parser, args.token_fd)
@@ -106,6 +120,8 @@ def parse(argv: list[str], environ: Mapping[str, str] = _NOTHING) -> WorkerConfi
         log_level=args.log_level,
         engine_args=engine_args,
         sim=from_args(args) if args.engine == "sim" else None,
+        nonce=environ.get(NONCE_VARIABLE, ""),
+        hive_absence_s=args.hive_absence_s,
         access=guarding.access,
         limits=guarding.limits,
     )

@@ -1,11 +1,12 @@
 """The worker: one engine, one job server, one process."""
 
-from rbee_contracts.operations import Infer
+from rbee_contracts.operations import Infer, OpenAI
 from rbee_job_server import JobServer, ServeConfig, adopt, bind, serve
 from rbee_worker.app import build_worker_app
 from rbee_worker.config import WorkerConfig
 from rbee_worker.engine.base import Engine
 from rbee_worker.infer import InferHandler
+from rbee_worker.openai import OpenAIHandler
 from rbee_worker.state import WorkerState
 
 
@@ -21,7 +22,10 @@ async def run(config: WorkerConfig) -> int:
     server = JobServer(
         service="worker",
         actor=f"worker/{config.worker_id}",
-        handlers={Infer: InferHandler(engine, config.served_model_name)},
+        handlers={
+            Infer: state.running(InferHandler(engine, config.served_model_name)),
+            OpenAI: state.running(OpenAIHandler(engine)),
+        },
         admit=state.admit,
     )
 
@@ -38,7 +42,7 @@ async def run(config: WorkerConfig) -> int:
             drain_timeout_s=config.drain_timeout_s,
             limits=config.limits,
         ),
-        loops=[run_engine],
+        loops=[run_engine, state.watch_hive],
         on_stop=engine.stop,
         on_crash=engine.kill,
     )

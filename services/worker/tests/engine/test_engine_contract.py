@@ -56,6 +56,18 @@ async def until_idle(engine: Engine) -> None:
 
 
 class EngineContract:
+    async def test_answers_a_probe_and_tells_of_its_pace(self, started: Started) -> None:
+        await started.engine.probe()
+        await run(started.engine, prompt="A worker", max_tokens=12, ignore_eos=True)
+        await until_idle(started.engine)
+        load = started.engine.load()
+
+        assert load.tokens_per_second > 0
+        assert load.step_age_s is not None
+        assert load.step_age_s < 30
+        assert load.prefix_cache_hit_rate is not None
+        assert not started.engine.can_sleep, "neither was asked to be able to"
+
     async def test_gives_deltas_and_then_one_result(self, started: Started) -> None:
         output = await run(started.engine, prompt="A worker", max_tokens=12, ignore_eos=True)
 

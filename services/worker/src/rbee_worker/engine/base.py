@@ -76,6 +76,23 @@ class Engine(Protocol):
     def load(self) -> EngineLoad:
         """Tell what the engine is doing, from its last step."""
 
+    async def probe(self) -> None:
+        """Have the engine generate one token; an engine that does not generate text says that it is well.
+
+        Raises:
+            RbeeError: it cannot. One that hangs hangs this too: the caller has a deadline.
+        """
+
+    @property
+    def can_sleep(self) -> bool:
+        """Whether it can give its device memory back and keep its process."""
+
+    async def sleep(self) -> None:
+        """Give the device memory back; nothing may run. Weights are kept in the machine's memory."""
+
+    async def wake(self) -> None:
+        """Take the device memory again; requests may come once it has returned."""
+
     async def died(self) -> str:
         """Wait until the engine has died by itself and return the cause; cancelled on a stop.
 

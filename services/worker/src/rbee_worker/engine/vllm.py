@@ -210,14 +210,42 @@ class VllmEngine:
 
     async def _generate_one_token(self) -> None:
         """Prove that the engine answers. A model that does not generate text is taken at its word."""
-        if "generate" not in await self._engine.get_supported_tasks():
-            return
-        probe = Infer(model=self._served_name, prompt=[0], max_tokens=1, temperature=0.0, ignore_eos=True)
         try:
-            async for _ in self.generate("rbee-start", probe):
-                pass
+            await self.probe()
         except RbeeError as exc:
             raise EngineStartFailed(f"the engine's first token failed: {exc.details}") from exc
+
+    async def probe(self) -> None:
+        """Have the engine generate one token; see `Engine.probe`."""
+        engine = self._engine
+        if engine is None:
+            raise Unavailable("the engine is not running")
+        if "generate" not in await engine.get_supported_tasks():
+            return
+        op = Infer(model=self._served_name, prompt=[0], max_tokens=1, temperature=0.0, ignore_eos=True)
+        async for _ in self.generate("rbee-probe", op):
+            pass
+
+    @property
+    def can_sleep(self) -> bool:
+        """Whether it was started with `--enable-sleep-mode`, which vLLM refuses where it cannot."""
+        return self._engine is not None and bool(
+            getattr(self._engine.model_config, "enable_sleep_mode", False)
+        )
+
+    async def sleep(self) -> None:
+        """Give the device memory back (vLLM's level 1); see `Engine.sleep`."""
+        try:
+            await self._engine.sleep(level=1)
+        except Exception as exc:
+            raise self._translate(exc, is_new=False) from exc
+
+    async def wake(self) -> None:
+        """Take the device memory again; see `Engine.wake`."""
+        try:
+            await self._engine.wake_up()
+        except Exception as exc:
+            raise self._translate(exc, is_new=False) from exc
 
     async def stop(self) -> None:
         """End the engine; see `Engine.stop`. Bounded at about 20 s, and near 1 s as a rule."""
@@ -315,6 +343,7 @@ class VllmEngine:
         stream = engine.generate(prompt, params, request_id, priority=op.priority or 0)
         try:
             async for output in stream:
+                self._loads.stepped()
                 for delta in run.take(output):
                     yield delta
         except Exception as exc:

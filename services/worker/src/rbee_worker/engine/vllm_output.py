@@ -11,6 +11,7 @@ from rbee_contracts.errors import RbeeError
 from rbee_contracts.events import ChoiceEnd, InferResult, Timings, TokenLogprob, Usage
 from rbee_contracts.nodes import EngineLoad
 from rbee_worker.engine.base import Delta
+from rbee_worker.engine.pace import Pace
 
 # JSON has no infinity; vLLM's own server gives this for an impossible token.
 _LOWEST_LOGPROB = -9999.0
@@ -102,6 +103,9 @@ class LoadRecorder:
 
     def __init__(self) -> None:
         self._last: dict[int, EngineLoad] = {}
+        self._pace = Pace()
+        self._prefix_queries = 0
+        self._prefix_hits = 0
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
@@ -113,6 +117,15 @@ class LoadRecorder:
                 + getattr(scheduler_stats, "num_skipped_waiting_reqs", 0),
                 kv_cache_usage=scheduler_stats.kv_cache_usage,
             )
+            prefix = getattr(scheduler_stats, "prefix_cache_stats", None)
+            if prefix is not None:
+                self._prefix_queries += prefix.queries
+                self._prefix_hits += prefix.hits
+        self._pace.step(time.monotonic(), getattr(iteration_stats, "num_generation_tokens", 0))
+
+    def stepped(self) -> None:
+        """Note a step that is known by its output: with `--disable-log-stats` nothing is recorded."""
+        self._pace.step(time.monotonic(), 0)
 
     def log_engine_initialized(self) -> None: ...
 
@@ -120,12 +133,19 @@ class LoadRecorder:
 
     def record_sleep_state(self, *_: Any) -> None: ...
 
+    def record_admission_rejection(self, *_: Any) -> None: ...
+
     def total(self) -> EngineLoad:
-        engines = self._last.values()
+        engines, now = self._last.values(), time.monotonic()
         return EngineLoad(
             running=sum(e.running for e in engines),
             waiting=sum(e.waiting for e in engines),
             kv_cache_usage=sum(e.kv_cache_usage for e in engines) / max(1, len(engines)),
+            tokens_per_second=self._pace.tokens_per_second(now),
+            prefix_cache_hit_rate=(
+                round(self._prefix_hits / self._prefix_queries, 4) if self._prefix_queries else None
+            ),
+            step_age_s=self._pace.step_age_s(now),
         )
 
 

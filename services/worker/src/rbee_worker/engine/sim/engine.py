@@ -1,6 +1,7 @@
 """The shell of the simulated engine: one timer per step, and a generator per request."""
 
 import asyncio
+import signal
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from rbee_contracts.nodes import EngineLoad
 from rbee_contracts.operations import Infer
 from rbee_worker import VERSION
 from rbee_worker.engine.base import Delta, EngineDied, EngineInfo, EngineStartFailed
+from rbee_worker.engine.pace import Pace
 from rbee_worker.engine.sim.model import Emission, SimModel, SimSequence
 from rbee_worker.engine.sim.parameters import SimParameters
 from rbee_worker.engine.sim.text import Text, count_tokens, hash_prompt
@@ -38,6 +40,8 @@ class SimEngine:
         self._timer: asyncio.TimerHandle | None = None
         self._step_ends = 0.0
         self._is_stalled = False
+        self._is_asleep = False
+        self._pace = Pace()
         self._death: asyncio.Future[str] | None = None
         self._app: Any = None
 
@@ -49,6 +53,9 @@ class SimEngine:
         # Only now, so that reading a command line does not load a web framework.
         from rbee_worker.engine.sim.openai_app import build_app
 
+        if self._parameters.ignore_sigterm:
+            asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._death = asyncio.get_running_loop().create_future()
         self._app = build_app(self)
         return EngineInfo(engine="sim", version=VERSION, max_model_len=self._parameters.max_model_len)
@@ -82,11 +89,31 @@ class SimEngine:
 
     def load(self) -> EngineLoad:
         """Tell what runs and waits now, and the share of KV blocks that is reserved."""
+        c, now = self.model.counters, asyncio.get_running_loop().time()
         return EngineLoad(
             running=len(self.model.running),
             waiting=len(self.model.waiting),
             kv_cache_usage=self.model.kv_cache_usage,
+            tokens_per_second=self._pace.tokens_per_second(now),
+            prefix_cache_hit_rate=round(c.prefix_hits / c.prefix_queries, 4) if c.prefix_queries else None,
+            step_age_s=self._pace.step_age_s(now),
         )
+
+    async def probe(self) -> None:
+        """Generate one token; see `Engine.probe`."""
+        async for _ in self.generate("rbee-probe", Infer(model=self.served_name, prompt=[0], max_tokens=1)):
+            pass
+
+    @property
+    def can_sleep(self) -> bool:
+        return self._parameters.sleep_mode
+
+    async def sleep(self) -> None:
+        """Take nothing until `wake`; see `Engine.sleep`."""
+        self._is_asleep = True
+
+    async def wake(self) -> None:
+        self._is_asleep = False
 
     async def generate(self, request_id: str, op: Infer) -> AsyncGenerator[Delta | InferResult, None]:
         """Generate text; see `Engine.generate`."""
@@ -106,7 +133,7 @@ class SimEngine:
         Raises:
             InvalidRequest, EngineDied: as `generate`.
         """
-        if self._death is None:
+        if self._death is None or self._is_asleep:
             raise Unavailable("the engine is not running")
         if self._death.done():
             raise EngineDied(self._death.result())
@@ -185,7 +212,9 @@ class SimEngine:
     def _end_step(self) -> None:
         p, counters = self._parameters, self.model.counters
         now = asyncio.get_running_loop().time()
-        for emission in self.model.finish(now):
+        emissions = self.model.finish(now)
+        self._pace.step(now, len(emissions))
+        for emission in emissions:
             if emission.finish_reason is None:
                 self._requests[emission.sequence].take(emission, now)
             else:

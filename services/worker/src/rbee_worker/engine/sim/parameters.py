@@ -37,6 +37,8 @@ class SimParameters(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     fail_start: bool = False
     crash_after_tokens: _Count | None = None
     stall_after_tokens: _Count | None = None
+    sleep_mode: bool = False
+    ignore_sigterm: bool = False
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -63,6 +65,8 @@ _HELP = {
     "fail_start": "fail to load the model, after the start's seconds",
     "crash_after_tokens": "die after this many generated tokens",
     "stall_after_tokens": "generate nothing more after this many tokens, and do not die",
+    "sleep_mode": "be able to sleep (vLLM's --enable-sleep-mode)",
+    "ignore_sigterm": "do not end on SIGTERM, as vLLM does not while it starts",
 }
 
 

@@ -1,0 +1,26 @@
+"""Ports are the lowest free of their range, and held from the moment they are chosen."""
+
+import pytest
+
+from rbee_contracts.errors import NoCapacity
+from rbee_hive.config import PortRange
+from rbee_hive.supervisor.ports import listen_on_free_port
+
+HOST = "127.0.0.1"
+
+
+def test_a_port_that_is_held_is_not_chosen_again() -> None:
+    ports = PortRange()
+    with listen_on_free_port(HOST, ports) as first, listen_on_free_port(HOST, ports) as second:
+        chosen = first.getsockname()[1], second.getsockname()[1]
+
+    assert ports.first <= chosen[0] < chosen[1] <= ports.last
+
+
+def test_none_left() -> None:
+    with listen_on_free_port(HOST, PortRange()) as held:
+        port = held.getsockname()[1]
+        with pytest.raises(NoCapacity, match="stop a worker") as raised:
+            listen_on_free_port(HOST, PortRange(first=port, last=port))
+
+    assert raised.value.code == "no_port"
