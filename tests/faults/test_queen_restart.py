@@ -1,19 +1,28 @@
 """A queen that is killed and comes back goes on with its jobs; their readers get the exact rest."""
 
+import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from rbee_processes import Cluster, stream, text_of, until
+from rbee_postgres import new_database, postgres_server
+from rbee_processes import BIN, Cluster, Service, stream, text_of, until
 from rbee_restarts import Reader, RestartableCluster, read_through_a_kill
 
 pytestmark = pytest.mark.timeout(180)
 
 
-def cluster_in(tmp_path: Path) -> RestartableCluster:
-    return RestartableCluster(tmp_path, engine="sim")
+def cluster_in(tmp_path: Path, *queen_args: str) -> RestartableCluster:
+    return RestartableCluster(tmp_path, engine="sim", queen_args=queen_args)
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    with postgres_server() as url:
+        yield url
 
 
 def infer(tokens: int, **fields: Any) -> dict[str, Any]:
@@ -172,6 +181,58 @@ def test_a_stopped_queen_leaves_its_jobs_running_and_takes_them_up_again(tmp_pat
             result.result(60)
 
         assert_whole(reader.events, reader.ids, 1500)
+
+
+def test_a_queen_on_postgresql_that_is_killed_goes_on_with_her_streams(tmp_path: Path, postgres: str) -> None:
+    streams, tokens = 8, 1000
+    with cluster_in(tmp_path, "--database", new_database(postgres)) as cluster:
+        cluster.spawn("m", "--sim-step-ms", "4")
+        readers = [Reader(cluster.queen.url, cluster.submit(infer(tokens, salt=i))) for i in range(streams)]
+        read_through_a_kill(cluster, readers, down_s=1.0)
+
+        for reader in readers:
+            assert_whole(reader.events, reader.ids, tokens)
+        hive_jobs = httpx.get(f"{cluster.hive.url}/v1/jobs?operation=infer&limit=100").json()["jobs"]
+        assert len(hive_jobs) == streams, "a job was run twice"
+        checked = cluster.run({"operation": "queen_check"})
+        assert checked["findings"][0]["message"].startswith("PostgreSQL ")
+        assert not list((tmp_path / "q").rglob("*.db"))
+
+
+def test_a_second_queen_on_the_same_postgresql_is_refused_until_the_first_is_gone(
+    tmp_path: Path, postgres: str
+) -> None:
+    """She is a standby for whoever starts her again; she takes over jobs, history and hives."""
+    url = new_database(postgres)
+    with cluster_in(tmp_path, "--database", url) as cluster:
+        cluster.spawn("m", "--sim-step-ms", "10")
+        job_id = cluster.submit(infer(1500, resume_window_s=120))
+        reader = Reader(cluster.queen.url, job_id)
+        with ThreadPoolExecutor(1) as pool:
+            result = pool.submit(reader.read)
+            until(lambda: len(reader.events) > 20, "the stream is under way")
+            refused = subprocess.run(
+                [BIN / "rbee-queen", "--port", "0", "--database", url],
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert refused.returncode == 2
+            assert "another queen uses it" in refused.stderr.splitlines()[-1]
+            assert len(refused.stderr.splitlines()[-1]) < 300
+
+            cluster.kill_queen()
+            standby = Service(
+                "rbee-queen", ["--port", "0", "--database", url], tmp_path / "s.log", cluster.marker
+            )
+            cluster.queen = standby
+            reader.url = standby.url
+            result.result(60)
+
+        assert_whole(reader.events, reader.ids, 1500)
+        assert record(cluster, job_id)["state"] == "completed"
+        # Hives announce themselves to the address they were given; the stored ones are found all the same.
+        assert cluster._is_online()
 
 
 def hive_state(cluster: Cluster) -> str:

@@ -188,8 +188,9 @@ async def running(
     not_ready: Callable[[], str | None] = lambda: None,
     access: AccessConfig | None = None,
     limits: Limits | None = None,
+    extend: Callable[[JobServer, Starlette], None] = lambda _, __: None,
 ) -> AsyncIterator[Running]:
-    """Run a job server on a port of its own."""
+    """Run a job server on a port of its own. `extend` may add to its app what needs the server."""
     server = JobServer(service=service, actor=actor, handlers=handlers, config=config, clock=clock)
     app = build_app(
         server,
@@ -201,6 +202,7 @@ async def running(
         access=access,
         limits=limits,
     )
+    extend(server, app)
     sock = bind(host, port)
     url = f"http://{host}:{sock.getsockname()[1]}"
     web = _WebServer(app, limits or Limits())

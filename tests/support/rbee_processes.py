@@ -23,7 +23,7 @@ MARKER = "RBEE_TEST_MARKER"
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T], what: str, timeout_s: float = 30.0) -> T:
+def until(condition: Callable[[], T | None], what: str, timeout_s: float = 30.0) -> T:
     """Poll until `condition` gives something true; fail the test when it does not in time."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -103,6 +103,7 @@ class Cluster:
         models: Path = MODELS,
         hive_id: str = "box1",
         queen_args: Sequence[str] = (),
+        hive_args: Sequence[str] = (),
         token: str | None = None,
     ) -> None:
         self.token = token
@@ -114,6 +115,7 @@ class Cluster:
         self._hive_args = [
             *("--hive-id", hive_id, "--models-dir", str(models)),
             *("--state-dir", str(self.state_dir), "--worker-engine", engine),
+            *hive_args,
         ]
         try:
             queen_log = folder / "queen.log"

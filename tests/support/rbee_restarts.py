@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import httpx
 from rbee_processes import Cluster, Service, until
@@ -15,9 +16,12 @@ from rbee_processes import Cluster, Service, until
 class RestartableCluster(Cluster):
     """A cluster whose queen keeps its port and its state when it is started again."""
 
-    def __init__(self, folder: Path, *, engine: str) -> None:
-        super().__init__(folder, engine=engine, queen_args=["--state-dir", str(folder / "q")])
+    def __init__(
+        self, folder: Path, *, engine: str, queen_args: Sequence[str] = (), token: str | None = None
+    ) -> None:
+        self._queen_args = ["--state-dir", str(folder / "q"), *queen_args]
         self._starts = 1
+        super().__init__(folder, engine=engine, queen_args=self._queen_args, token=token)
 
     def kill_queen(self) -> None:
         self.queen.kill()
@@ -26,17 +30,16 @@ class RestartableCluster(Cluster):
         port = self.queen.url.rpartition(":")[2]
         self._starts += 1
         log = self.folder / f"queen{self._starts}.log"
-        self.queen = Service(
-            "rbee-queen", ["--port", port, "--state-dir", str(self.folder / "q")], log, self.marker
-        )
+        self.queen = Service("rbee-queen", ["--port", port, *self._queen_args], log, self.marker, self.token)
 
 
 class Reader:
     """Reads a job to its end across any number of broken connections, as a client would."""
 
-    def __init__(self, url: str, job_id: str) -> None:
+    def __init__(self, url: str, job_id: str, **headers: str) -> None:
         self.url = url
         self.job_id = job_id
+        self.headers = headers
         self.events: list[dict[str, Any]] = []
         self.ids: list[str] = []
         self.done = False
@@ -44,7 +47,7 @@ class Reader:
     def read(self, deadline_s: float = 120.0) -> "Reader":
         deadline = time.monotonic() + deadline_s
         while not self.done and time.monotonic() < deadline:
-            headers = {"Last-Event-ID": self.ids[-1]} if self.ids else {}
+            headers = self.headers | ({"Last-Event-ID": self.ids[-1]} if self.ids else {})
             try:
                 with httpx.stream(
                     "GET", f"{self.url}/v1/jobs/{self.job_id}/stream", headers=headers, timeout=30
@@ -85,3 +88,66 @@ def read_through_a_kill(cluster: RestartableCluster, readers: Sequence[Reader], 
         cluster.start_queen()
         for result in results:
             result.result(120)
+
+
+class FleetCluster(RestartableCluster):
+    """A restartable queen with as many hives as a test needs; `box1` is there from the start."""
+
+    def __init__(self, folder: Path, *queen_args: str, token: str | None = None) -> None:
+        self.others: list[Service] = []
+        super().__init__(folder, engine="sim", queen_args=queen_args, token=token)
+
+    def add_hive(self, hive_id: str, *args: str, name: str | None = None) -> Service:
+        """Start one more hive; `name` tells two of one id apart."""
+        name = name or hive_id
+        argv = ["--port", "0", "--hive-id", hive_id, "--models-dir", str(self.folder)]
+        argv += ["--state-dir", str(self.folder / name), "--worker-engine", "sim"]
+        argv += ["--queen-url", self.queen.url, *args]
+        hive = Service("rbee-hive", argv, self.folder / f"{name}.log", self.marker, self.token)
+        self.others.append(hive)
+        return hive
+
+    def spawn_on(self, hive_id: str, *args: str) -> dict[str, Any]:
+        spawned: dict[str, Any] = self.run(
+            {"operation": "worker_spawn", "model": "m", "worker_args": list(args), "hive_id": hive_id}
+        )
+        return spawned
+
+    def hive_info(self, hive_id: str) -> dict[str, Any]:
+        """Give what the queen knows of a hive; empty where she knows none."""
+        hives = self.run({"operation": "hive_list"})["hives"]
+        return next((hive for hive in hives if hive["hive_id"] == hive_id), {})
+
+    def until_state(self, hive_id: str, state: str, timeout_s: float = 60.0) -> None:
+        until(lambda: self.hive_info(hive_id).get("state") == state, f"{hive_id} is {state}", timeout_s)
+
+    def close(self) -> None:
+        for hive in self.others:
+            hive.terminate()
+        super().close()
+
+
+class BackgroundReader(Reader):
+    """A reader that reads beside the test."""
+
+    def __enter__(self) -> Self:
+        self._pool = ThreadPoolExecutor(1)
+        self._result = self._pool.submit(self.read)
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=exc is None, cancel_futures=True)
+
+    def until_tokens(self, count: int) -> None:
+        until(lambda: len(self.tokens) >= count, f"{count} tokens have come", 60)
+
+    def until_end(self) -> list[dict[str, Any]]:
+        """Wait for the end; give all events."""
+        self._result.result(120)
+        return self.events
+
+    @property
+    def tokens(self) -> list[dict[str, Any]]:
+        return [event for event in list(self.events) if event["action"] == "token"]

@@ -33,3 +33,30 @@ def test_what_cannot_be_used_is_one_clear_line_and_exit_2(
 
     assert exit_.value.code == 2
     assert "rbee-queen: error:" in capsys.readouterr().err
+
+
+def test_how_long_a_hive_may_be_silent() -> None:
+    config = parse(["--hive-unreachable-after-s", "3", "--hive-lost-after-s", "9.5"], {})
+
+    assert (config.patience.unreachable_after_s, config.patience.lost_after_s) == (3.0, 9.5)
+    assert (parse([], {}).patience.unreachable_after_s, parse([], {}).patience.lost_after_s) == (5.0, 30.0)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--hive-unreachable-after-s", "1"],
+        ["--hive-unreachable-after-s", "30"],
+        ["--hive-lost-after-s", "5"],
+        ["--hive-lost-after-s", "inf"],
+        ["--hive-unreachable-after-s", "nan"],
+    ],
+)
+def test_a_patience_that_cannot_be_meant_is_refused(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse(argv, {})
+
+    assert exit_.value.code == 2
+    assert "less than --hive-lost-after-s" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import anyio
+from anyio.abc import TaskGroup
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Struct
@@ -80,18 +81,18 @@ class LocalHive:
         await asyncio.sleep(0)
         return await self.server.find(job_id)
 
-    async def follow(
-        self, *, output: bool = False, on_connection: Callable[[bool], None] | None = None
-    ) -> AsyncIterator[list[AnyEvent]]:
+    async def follow_raw(
+        self, *, on_connection: Callable[[bool], None] | None = None
+    ) -> AsyncIterator[list[AnyEvent | bytes]]:
         await asyncio.sleep(0)
-        follower, parser = self.server.firehose.follow(None, output=output), FirehoseParser()
+        follower, parser = self.server.firehose.follow(None, output=True), FirehoseParser()
         try:
-            parser.feed(follower.take())
+            parser.feed_raw(follower.take())
             if on_connection is not None:
                 on_connection(True)
             while True:
                 await follower.wait()
-                yield parser.feed(follower.take())
+                yield parser.feed_raw(follower.take())
         finally:
             follower.close()
 
@@ -245,3 +246,159 @@ async def scenario(plan: Plan, kills: list[int]) -> None:
 def test_kills_at_any_moment_lose_and_double_nothing(plan: Plan, kills: list[int]) -> None:
     with patch("anyio.to_thread.run_sync", inline):
         asyncio.run(asyncio.wait_for(scenario(plan, kills), 20))
+
+
+# --- a hive that is killed too, and forgets -------------------------------------------------------------
+
+
+class ForgetfulHive(LocalHive):
+    """A hive that can be killed and started again, and then knows nothing of its jobs."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self._scope = anyio.CancelScope()
+        self._replaced = asyncio.Event()
+
+    async def start(self, tasks: TaskGroup) -> None:
+        async def run(*, task_status: anyio.abc.TaskStatus[None]) -> None:
+            with scope:
+                await server.run(task_status=task_status)
+
+        scope, server = self._scope, self.server
+        await tasks.start(run)
+
+    async def restart(self, tasks: TaskGroup) -> None:
+        new = ForgetfulHive(self.plan)
+        new.server = JobServer(service="hive", actor="hive/h1", handlers={Infer: self._infer})
+        await new.start(tasks)
+        old, scope, replaced = self.server, self._scope, self._replaced
+        self.server, self._scope, self._replaced = new.server, new._scope, asyncio.Event()
+        scope.cancel()
+        replaced.set()
+        old.firehose.close()
+
+    async def cancel(self, job_id: str, *, correlation_id: str | None = None) -> bool:
+        return False
+
+    async def follow_raw(
+        self, *, on_connection: Callable[[bool], None] | None = None
+    ) -> AsyncIterator[list[AnyEvent | bytes]]:
+        assert on_connection is not None
+        before: tuple[str, int] | None = None
+        while True:
+            server, parser = self.server, FirehoseParser()
+            follower = server.firehose.follow(before, output=True)
+            before = ("the boot before", 0)
+            on_connection(True)
+            try:
+                while server is self.server:
+                    yield parser.feed_raw(follower.take())
+                    await follower.wait()
+            finally:
+                follower.close()
+                on_connection(False)
+
+    async def stream_from(
+        self, job_id: str, position: Position
+    ) -> AsyncGenerator[tuple[Position, AnyEvent], None]:
+        while True:
+            server, replaced = self.server, self._replaced
+            job = await server.readable(job_id)
+            reader = server.attach(job, position)
+            try:
+                while not reader.finished and server is self.server:
+                    more = asyncio.ensure_future(reader.wait())
+                    over = asyncio.ensure_future(replaced.wait())
+                    try:
+                        await asyncio.wait([more, over], return_when=asyncio.FIRST_COMPLETED)
+                    finally:
+                        more.cancel()
+                        over.cancel()
+                    for position, event in frames(reader.take()):
+                        yield position, event
+                if reader.finished:
+                    return
+            finally:
+                server.detach(job)
+
+
+async def forgetting(plan: Plan, kills: list[int], restarts: list[int]) -> None:
+    store, hive, reader = MemoryStore(), ForgetfulHive(plan), Reader()
+    store.open()
+    job_ids: list[str] = []
+    is_gone = False
+    async with anyio.create_task_group() as tasks:
+        await hive.start(tasks)
+
+        async def restart() -> None:
+            for turns in restarts:
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                await hive.restart(tasks)
+
+        tasks.start_soon(restart)
+        for turns in [*kills, None]:
+            queen = Queen(store, hive)
+
+            async def work(queen: Queen = queen) -> None:
+                nonlocal is_gone
+                if not job_ids:
+                    job = queen.server.submit(
+                        Submission(operation=Infer(model="m", prompt="p"), correlation_id="c")
+                    )
+                    await queen.server.durable()
+                    job_ids.append(job.id)
+                while not (reader.is_done or is_gone):
+                    try:
+                        await reader.read(queen.server, job_ids[0])
+                    except RbeeError as exc:
+                        is_gone = exc.code == "output_expired"
+                        if not is_gone:
+                            raise
+
+            with contextlib.suppress(asyncio.CancelledError):
+                await queen.live(turns, work)
+        tasks.cancel_scope.cancel()
+
+    actions = [event.action for event in reader.events]
+    texts = [event.message for event in reader.events if event.action == "token"]
+    thoughts = [event.message for event in reader.events if event.action == "thinking"]
+    assert reader.positions == sorted(set(reader.positions))
+    assert texts == [f"t{index} " for index in range(len(texts))]
+    assert len(set(thoughts)) == len(thoughts)
+    assert actions.count("infer_start") <= 1
+    assert hive.runs <= 1 + len(restarts)
+    stored = store.get(job_ids[0])
+    assert stored is not None
+    assert stored.state in ("completed", "failed")
+    if not is_gone:
+        assert [action for action in actions if action.startswith("execute_")] == [
+            "execute_complete" if stored.state == "completed" else "execute_error"
+        ]
+    if stored.state == "completed":
+        assert not plan.fails
+        assert is_gone or len(texts) == plan.tokens
+    else:
+        assert stored.error is not None
+        assert stored.error.code in (["broken", "job_lost"] if plan.fails else ["job_lost"])
+    if not restarts:
+        assert hive.runs == 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    plan=st.builds(
+        Plan,
+        tokens=st.integers(0, 25),
+        narrates_before=st.frozensets(st.integers(0, 24), max_size=4),
+        fails=st.booleans(),
+    ),
+    kills=st.lists(st.integers(0, 70), max_size=2),
+    restarts=st.lists(st.integers(0, 60), max_size=3),
+)
+def test_a_hive_that_forgets_is_asked_again_only_for_what_had_said_nothing(
+    plan: Plan, kills: list[int], restarts: list[int]
+) -> None:
+    """Every job ends; its output is never doubled, and never continued by another run."""
+    with patch("anyio.to_thread.run_sync", inline):
+        asyncio.run(asyncio.wait_for(forgetting(plan, kills, restarts), 20))

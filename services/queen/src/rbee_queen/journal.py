@@ -27,6 +27,7 @@ from rbee_queen.store import (
     Record,
     StepTaken,
     StoreFailed,
+    StoreState,
 )
 
 log = structlog.get_logger(__name__)
@@ -167,6 +168,14 @@ class StoreJournal:
     ) -> JobPage:
         page = partial(self._store.page, state=state, operation=operation, limit=limit, before_seq=before_seq)
         return await self._use(page)
+
+    async def check(self) -> StoreState:
+        """Write something and give what the database is.
+
+        Raises:
+            StoreFailed: it cannot be used.
+        """
+        return await self._use(self._store.check)
 
     # --- the fleet's part ------------------------------------------------------------------------------
 

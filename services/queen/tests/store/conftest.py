@@ -1,18 +1,12 @@
 """Databases for the tests of the store: memory, a SQLite file, and a PostgreSQL server of our own."""
 
-import os
-import pwd
-import shutil
-import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 from uuid import uuid4
 
-import psycopg
 import pytest
+from rbee_postgres import new_database, postgres_server
 
 from rbee_queen.store import JobStore
 from rbee_queen.store.sql import SqlStore
@@ -24,75 +18,15 @@ MakeStore: TypeAlias = Callable[..., JobStore]
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
     """Run a server that listens on a Unix socket alone; give the URL of its first database."""
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-    found = shutil.which("postgres")
-    if not programs and found is None:
-        pytest.skip("no PostgreSQL server on this machine (Debian: apt install postgresql)")
-    program = programs[-1] if programs else Path(str(found)).parent
-    as_root = os.geteuid() == 0
-    user = "postgres" if as_root else pwd.getpwuid(os.geteuid()).pw_name
-    try:
-        owner = pwd.getpwnam(user)
-    except KeyError:
-        pytest.skip("PostgreSQL does not run as root, and this machine has no user postgres")
-    switch: dict[str, Any] = {}
-    if as_root:
-        switch = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
-    # Not pytest's folder: another user could not enter it, and a socket's path must be short.
-    folder = Path(tempfile.mkdtemp(prefix="rbee-pg-"))
-    try:
-        os.chown(folder, owner.pw_uid, owner.pw_gid)
-        data = folder / "data"
-        subprocess.run(
-            [program / "initdb", "-D", data, "-U", "rbee", "-A", "trust", "-E", "UTF8", "--no-sync"],
-            check=True,
-            capture_output=True,
-            cwd=folder,
-            **switch,
-        )
-        with (folder / "log").open("wb") as log:
-            server = subprocess.Popen(
-                [program / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses=", "-F"],
-                stdout=log,
-                stderr=log,
-                cwd=folder,
-                **switch,
-            )
-        try:
-            url = f"postgresql://rbee@/postgres?host={folder}"
-            _wait_for(url, server, folder / "log")
-            yield url
-        finally:
-            server.terminate()
-            server.wait(30)
-    finally:
-        shutil.rmtree(folder)
-
-
-def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            psycopg.connect(url).close()
-        except psycopg.OperationalError:
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
-        else:
-            return
+    with postgres_server() as url:
+        yield url
 
 
 @pytest.fixture
 def new_postgres_url(postgres: str) -> Callable[[], str]:
     """Make empty databases on the server."""
 
-    def make() -> str:
-        name = f"rbee_{uuid4().hex}"
-        with psycopg.connect(postgres, autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}"'.encode())
-        return postgres.replace("/postgres?", f"/{name}?")
-
-    return make
+    return lambda: new_database(postgres)
 
 
 @pytest.fixture

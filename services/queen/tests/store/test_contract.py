@@ -12,6 +12,7 @@ from rbee_contracts.jobs import JobError, JobRecord
 from rbee_contracts.operations import decode_operation
 from rbee_queen.store import HiveSeen, JobStore, Record, StoredEvent, StoredHive, StoredStep, StoreFailed
 from rbee_queen.store.base import FORGET_AT_ONCE
+from rbee_queen.store.schema import REVISION
 
 MakeStore: TypeAlias = Callable[..., JobStore]
 
@@ -91,6 +92,39 @@ def test_a_finished_job_is_given_with_its_terminal_event_last(store: JobStore) -
     assert found.events[-1] == StoredEvent(n=3, i=4, body=b'{"action":"execute_complete"}', lower_n=None)
     assert [event.n for event in found.events] == [1, 2, 3]
     assert found.result == b'{"finish_reason":"stop"}'
+
+
+def test_ended_jobs_are_given_as_far_as_there_is_room_the_newest_first(store: JobStore) -> None:
+    for seq in range(1, 6):
+        store.write(whole_job(seq))
+    size = len(b"{}{}" + b'{"action":"execute_complete"}' + b'{"finish_reason":"stop"}')
+
+    def found(max_bytes: int, since: str = "") -> list[int]:
+        return [job.accepted.seq for job in store.finished_since(since, max_bytes=max_bytes)]
+
+    assert found(5 * size) == [1, 2, 3, 4, 5]
+    assert found(5 * size - 1) == [2, 3, 4, 5]
+    assert found(size) == [5]
+    assert found(size - 1) == []
+    assert found(5 * size, since=at(6)) == [4, 5]
+    assert store.get(job_id(1)) is not None
+
+
+def test_a_check_writes_and_changes_nothing(store: JobStore) -> None:
+    store.write(whole_job(1))
+    before = everything(store)
+
+    states = [store.check() for _ in range(2)]
+
+    assert everything(store) == before
+    assert states[0] == states[1]
+    assert states[0].revision == states[0].newest == REVISION
+    assert states[0].kind in ("memory", "SQLite", "PostgreSQL")
+    assert states[0].version[0].isdigit()
+    assert (states[0].folder is not None) == (states[0].kind == "SQLite")
+    store.close()
+    with pytest.raises(StoreFailed, match="not open"):
+        store.check()
 
 
 def test_records_may_come_in_one_write_or_in_many(make_store: MakeStore) -> None:

@@ -2,7 +2,7 @@
 
 from msgspec import Struct
 
-from rbee_contracts.nodes import WorkerState
+from rbee_contracts.nodes import HiveState, WorkerState
 
 
 class WorkerView(Struct, frozen=True, kw_only=True):
@@ -12,7 +12,8 @@ class WorkerView(Struct, frozen=True, kw_only=True):
     worker_id: str
     model: str
     state: WorkerState
-    is_hive_online: bool
+    hive_state: HiveState
+    is_hive_draining: bool = False
     reported: int
     assigned: int
 
@@ -21,9 +22,18 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     workers: tuple[WorkerView, ...]
 
 
+class Tried(Struct, frozen=True, kw_only=True):
+    """Where this request failed before it spoke; without `worker_id` it was the hive that failed."""
+
+    hive_id: str
+    worker_id: str | None
+    cause: str
+
+
 class Request(Struct, frozen=True, kw_only=True):
     """What must run. `hive_id` and `worker_id` pin it where given."""
 
     model: str
     hive_id: str | None = None
     worker_id: str | None = None
+    tried: tuple[Tried, ...] = ()

@@ -1,6 +1,6 @@
 """What must last: the queen's jobs, their narration, and the hives it knows."""
 
-from rbee_queen.store.base import JobStore, StoreFailed
+from rbee_queen.store.base import JobStore, StoreFailed, StoreState
 from rbee_queen.store.records import (
     FirstOutput,
     HiveSeen,
@@ -27,6 +27,7 @@ __all__ = [
     "Record",
     "StepTaken",
     "StoreFailed",
+    "StoreState",
     "StoredEvent",
     "StoredHive",
     "StoredJob",

@@ -1,7 +1,10 @@
 """The seam to the database."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
+
+from msgspec import Struct
 
 from rbee_contracts.jobs import JobPage, JobRecord, JobState
 from rbee_queen.store.records import Record, StoredHive, StoredJob
@@ -12,6 +15,26 @@ FORGET_AT_ONCE = 500
 
 class StoreFailed(Exception):
     """The database cannot be opened, read or written; the message says why and what to do."""
+
+
+RESTORED_BYTES = 64 * 2**20
+"""Narration and results of ended jobs that a restarted queen takes into memory, newest first.
+
+What is beyond it is in the history all the same, without a stream.
+"""
+
+
+class StoreState(Struct, frozen=True, kw_only=True):
+    """What a database is. `newest` is the revision that this version of rbee makes.
+
+    `folder` is where the file lies, None where the database is a server's.
+    """
+
+    kind: str
+    version: str
+    revision: str | None
+    newest: str
+    folder: Path | None
 
 
 class JobStore(Protocol):
@@ -41,9 +64,11 @@ class JobStore(Protocol):
     def unfinished(self) -> list[StoredJob]:
         """Give every job that has not ended, by seq, with events and steps."""
 
-    def finished_since(self, finished_at: str) -> list[StoredJob]:
+    def finished_since(self, finished_at: str, *, max_bytes: int = RESTORED_BYTES) -> list[StoredJob]:
         """Give the jobs that ended at or after a time (as `Clock.timestamp` writes it), by seq, with
         events (the terminal one is the last) and steps.
+
+        Those that ended last come first, as far as their events and results have `max_bytes` together.
         """
 
     def last_seq(self) -> int:
@@ -65,6 +90,13 @@ class JobStore(Protocol):
 
         At most `FORGET_AT_ONCE` in one call, oldest first, so that no write waits long: call again until
         it gives 0. With that call what was erased leaves the files of the database too.
+        """
+
+    def check(self) -> StoreState:
+        """Write something that changes nothing, and say what the database is.
+
+        Raises:
+            StoreFailed: it cannot be used.
         """
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """A database as the store needs it; `sqlite.py` and `postgres.py` hold what differs."""
 
+from pathlib import Path
 from typing import Protocol
 
 from sqlalchemy import Connection, Dialect
@@ -16,6 +17,14 @@ class Database(Protocol):
 
     @property
     def dialect(self) -> Dialect: ...
+
+    @property
+    def kind(self) -> str:
+        """What people call it."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its file lies; None where a server has it."""
 
     @property
     def patience_s(self) -> float:

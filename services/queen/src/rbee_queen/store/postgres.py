@@ -1,6 +1,7 @@
 """PostgreSQL, through psycopg: a commit is as durable as the server is set up to make it."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Dialect, create_engine
@@ -34,6 +35,9 @@ _LOCK = "SELECT pg_try_advisory_lock(1919051109, hashtext(current_schema()))"
 
 class PostgresDatabase:
     """A database on a server. The session holds an advisory lock that keeps a second queen out."""
+
+    kind = "PostgreSQL"
+    folder: Path | None = None
 
     def __init__(self, url: URL) -> None:
         self.patience_s = PATIENCE_S

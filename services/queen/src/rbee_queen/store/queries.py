@@ -52,6 +52,25 @@ def stored_jobs(connection: Connection, condition: ColumnElement[bool]) -> list[
     return [_stored_job(row, said.get(row.seq, []), taken.get(row.seq, [])) for row in rows]
 
 
+def oldest_within(connection: Connection, finished_at: str, max_bytes: int) -> tuple[str, int] | None:
+    """Give the end and the seq of the job that ended first among the newest that fit into `max_bytes`.
+
+    None where not one of those that ended at or after `finished_at` fits.
+    """
+    said = select(func.coalesce(func.sum(func.length(events.c.body)), 0)).where(events.c.seq == jobs.c.seq)
+    size = said.scalar_subquery() + func.coalesce(func.length(jobs.c.result), 0)
+    newest = (jobs.c.finished_at.desc(), jobs.c.seq.desc())
+    query = select(jobs.c.finished_at, jobs.c.seq, size.label("size"))
+    query = query.where(is_finished, jobs.c.finished_at >= finished_at).order_by(*newest)
+    total, oldest = 0, None
+    for row in connection.execute(query):
+        total += row.size
+        if total > max_bytes:
+            break
+        oldest = (row.finished_at, row.seq)
+    return oldest
+
+
 def highest_seq(connection: Connection) -> int:
     stored = connection.execute(select(func.max(jobs.c.seq))).scalar_one()
     forgotten = connection.execute(select(counters.c.value).where(counters.c.name == LAST_SEQ)).scalar()

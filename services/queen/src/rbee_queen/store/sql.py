@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from typing import TypeVar
 
-from sqlalchemy import Connection, and_
+from sqlalchemy import Connection, and_, tuple_
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from rbee_contracts.jobs import JobPage, JobRecord, JobState
 from rbee_queen.store import queries, upkeep
-from rbee_queen.store.base import FORGET_AT_ONCE, StoreFailed
+from rbee_queen.store.base import FORGET_AT_ONCE, RESTORED_BYTES, StoreFailed, StoreState
 from rbee_queen.store.database import choose
 from rbee_queen.store.records import Record, StoredHive, StoredJob
 from rbee_queen.store.schema import is_finished, is_unfinished, jobs
@@ -73,9 +73,15 @@ class SqlStore:
     def unfinished(self) -> list[StoredJob]:
         return self._run(lambda connection: queries.stored_jobs(connection, is_unfinished))
 
-    def finished_since(self, finished_at: str) -> list[StoredJob]:
-        condition = and_(is_finished, jobs.c.finished_at >= finished_at)
-        return self._run(lambda connection: queries.stored_jobs(connection, condition))
+    def finished_since(self, finished_at: str, *, max_bytes: int = RESTORED_BYTES) -> list[StoredJob]:
+        def read(connection: Connection) -> list[StoredJob]:
+            oldest = queries.oldest_within(connection, finished_at, max_bytes)
+            if oldest is None:
+                return []
+            by_end = tuple_(jobs.c.finished_at, jobs.c.seq)
+            return queries.stored_jobs(connection, and_(is_finished, by_end >= tuple_(*oldest)))
+
+        return self._run(read)
 
     def last_seq(self) -> int:
         return self._run(queries.highest_seq)
@@ -99,6 +105,10 @@ class SqlStore:
         if forgotten < FORGET_AT_ONCE and self._connection is not None:
             self._database.wipe(self._connection)
         return forgotten
+
+    def check(self) -> StoreState:
+        kind, folder = self._database.kind, self._database.folder
+        return self._run(lambda connection: upkeep.state(connection, kind, folder))
 
     def close(self) -> None:
         connection, self._connection = self._connection, None

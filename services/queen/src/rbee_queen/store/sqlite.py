@@ -29,6 +29,7 @@ PRAGMAS = ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "secure_
 class SqliteDatabase:
     """A SQLite file. A lock on the file `NAME.lock` beside it keeps a second queen out."""
 
+    kind = "SQLite"
     patience_s = 0.0
 
     def __init__(self, url: URL) -> None:
@@ -52,6 +53,10 @@ class SqliteDatabase:
     @property
     def dialect(self) -> Dialect:
         return self._engine.dialect
+
+    @property
+    def folder(self) -> Path | None:
+        return self.path.parent
 
     def connect(self) -> Connection:
         try:

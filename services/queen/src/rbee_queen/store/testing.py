@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from rbee_contracts.events import Usage
 from rbee_contracts.jobs import JobError, JobPage, JobRecord, JobState
-from rbee_queen.store.base import FORGET_AT_ONCE, StoreFailed
+from rbee_queen.store.base import FORGET_AT_ONCE, RESTORED_BYTES, StoreFailed, StoreState
 from rbee_queen.store.payloads import split
 from rbee_queen.store.records import (
     FirstOutput,
@@ -23,6 +23,7 @@ from rbee_queen.store.records import (
     StoredJob,
     StoredStep,
 )
+from rbee_queen.store.schema import REVISION
 
 
 class MemoryStore:
@@ -61,10 +62,19 @@ class MemoryStore:
     def unfinished(self) -> list[StoredJob]:
         return [job for job in self._by_seq() if job.finished_at is None]
 
-    def finished_since(self, finished_at: str) -> list[StoredJob]:
-        return [
-            job for job in self._by_seq() if job.finished_at is not None and job.finished_at >= finished_at
+    def finished_since(self, finished_at: str, *, max_bytes: int = RESTORED_BYTES) -> list[StoredJob]:
+        ended = [
+            (job.finished_at, job.accepted.seq, job)
+            for job in self._by_seq()
+            if job.finished_at is not None and job.finished_at >= finished_at
         ]
+        found = []
+        for *_, job in sorted(ended, key=lambda each: each[:2], reverse=True):
+            max_bytes -= sum(len(event.body) for event in job.events) + len(job.result or b"")
+            if max_bytes < 0:
+                break
+            found.append(job)
+        return sorted(found, key=lambda job: job.accepted.seq)
 
     def last_seq(self) -> int:
         self._use()
@@ -99,6 +109,10 @@ class MemoryStore:
         for job in past:
             del self._jobs[job.accepted.job_id]
         return len(past)
+
+    def check(self) -> StoreState:
+        self._use()
+        return StoreState(kind="memory", version="1", revision=REVISION, newest=REVISION, folder=None)
 
     def close(self) -> None:
         self._is_open = False

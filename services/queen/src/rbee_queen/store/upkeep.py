@@ -1,12 +1,15 @@
 """What is done to the tables as a whole: made, brought up to date, emptied of what is past its time."""
 
+from pathlib import Path
+
 from sqlalchemy import Connection, Text, func, inspect, literal_column, select, table, tuple_
 
-from rbee_queen.store.base import FORGET_AT_ONCE
+from rbee_queen.store.base import FORGET_AT_ONCE, StoreState
 from rbee_queen.store.queries import LAST_SEQ
 from rbee_queen.store.schema import REVISION, counters, is_finished, jobs, payloads
 
 _VERSIONS = "alembic_version"
+_CHECK = "check"
 
 
 def prepare(connection: Connection) -> None:
@@ -46,6 +49,22 @@ def forget(connection: Connection, *, finished_before: str, keep: int) -> int:
         _remember_seq(connection, max(past))
         connection.execute(jobs.delete().where(jobs.c.seq.in_(past)))
     return len(past)
+
+
+def state(connection: Connection, kind: str, folder: Path | None) -> StoreState:
+    """Write something that changes nothing, and say what the database is."""
+    connection.execute(counters.delete().where(counters.c.name == _CHECK))
+    connection.execute(counters.insert().values(name=_CHECK, value=0))
+    connection.execute(counters.delete().where(counters.c.name == _CHECK))
+    query = select(literal_column("version_num", Text())).select_from(table(_VERSIONS))
+    version = connection.dialect.server_version_info or ()
+    return StoreState(
+        kind=kind,
+        version=".".join(map(str, version)),
+        revision=connection.execute(query).scalars().one_or_none(),
+        newest=REVISION,
+        folder=folder,
+    )
 
 
 def _remember_seq(connection: Connection, seq: int) -> None:
