@@ -8,10 +8,10 @@ export ENGINE
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test lint format docs bench-jobs bench-relay lock clean
+.PHONY: help setup demo run test lint format docs bench-jobs bench-openai bench-relay lock clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## Make .venv with everything in it (ENGINE=cuda|cpu|none, PYTHON=python3)
 	@$(PYTHON) scripts/setup.py
@@ -39,6 +39,10 @@ docs: setup  ## Build the documentation into site/, with every warning an error
 
 bench-jobs: setup  ## Measure what a job costs, and write it into docs/benchmarks.md (two minutes)
 	@$(BIN)/python -m benchmarks.jobs $(ARGS)
+
+bench-openai: setup  ## Measure the OpenAI routes, beside litellm and sglang-router, and before real vLLM (ten minutes)
+	@$(BIN)/python -m benchmarks.openai_proxies $(ARGS)
+	@$(BIN)/python -m benchmarks.openai_vllm $(ARGS)
 
 bench-relay: setup  ## Measure what a hop costs, beside sglang-router and nginx (six minutes)
 	@$(BIN)/python -m benchmarks.relay $(ARGS)

@@ -1,4 +1,4 @@
-"""What others put in front of such a worker: sglang-router, in an environment of its own, and nginx."""
+"""What others put in front of such a worker: sglang-router and litellm, each apart, and nginx."""
 
 import json
 import os
@@ -13,6 +13,9 @@ from benchmarks.processes import MODEL, ROOT, CannotMeasure, Process, fetch, fre
 REQUIREMENTS = ROOT / "benchmarks/requirements.txt"
 ROUTER_VENV = ROOT / ".tools/benchmarks"
 ROUTER_PYTHON = ROUTER_VENV / "bin/python"
+
+LITELLM_REQUIREMENTS = ROOT / "benchmarks/requirements-litellm.txt"
+LITELLM_VENV = ROOT / ".tools/benchmarks-litellm"
 
 
 class Peer:
@@ -31,25 +34,25 @@ class Peer:
         self.process.stop()
 
 
-def install_router() -> None:
-    """Install sglang-router from the hash-checked list, unless it is there.
+def install(name: str, venv: Path, requirements: Path) -> None:
+    """Install a peer from its hash-checked list into an environment of its own, unless it is there.
 
     Raises:
         CannotMeasure: it cannot be installed.
     """
-    stamp = ROUTER_VENV / "installed.txt"
-    if stamp.exists() and stamp.read_bytes() == REQUIREMENTS.read_bytes():
+    stamp = venv / "installed.txt"
+    if stamp.exists() and stamp.read_bytes() == requirements.read_bytes():
         return
-    shutil.rmtree(ROUTER_VENV, ignore_errors=True)
+    shutil.rmtree(venv, ignore_errors=True)
     commands: list[list[str | Path]] = [
-        [sys.executable, "-m", "venv", ROUTER_VENV],
-        [ROUTER_PYTHON, "-m", "pip", "install", "--quiet", "--require-hashes", "-r", REQUIREMENTS],
+        [sys.executable, "-m", "venv", venv],
+        [venv / "bin/python", "-m", "pip", "install", "--quiet", "--require-hashes", "-r", requirements],
     ]
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise CannotMeasure(f"sglang-router could not be installed: {done.stderr.strip()[-500:]}")
-    shutil.copyfile(REQUIREMENTS, stamp)
+            raise CannotMeasure(f"{name} could not be installed: {done.stderr.strip()[-500:]}")
+    shutil.copyfile(requirements, stamp)
 
 
 def start_router(folder: Path, worker_port: int) -> Peer:
@@ -58,7 +61,7 @@ def start_router(folder: Path, worker_port: int) -> Peer:
     Raises:
         CannotMeasure: it is not installed, or did not start.
     """
-    install_router()
+    install("sglang-router", ROUTER_VENV, REQUIREMENTS)
     show = "import importlib.metadata as m; print(m.version('sglang-router'))"
     version = subprocess.run([ROUTER_PYTHON, "-c", show], capture_output=True, text=True, check=False)
     port, metrics_port = free_port(), free_port()
@@ -67,6 +70,46 @@ def start_router(folder: Path, worker_port: int) -> Peer:
     command += ["--port", str(port), "--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
     command += ["--max-concurrent-requests", "4096"]
     process = Process("sglang-router", command, folder / "sglang-router.out")
+    return _when_it_answers(Peer(process, port, version.stdout.strip()))
+
+
+def start_litellm(folder: Path, worker_port: int) -> Peer:
+    """Put litellm's proxy in front of a worker: one process, no database, no log of requests.
+
+    Raises:
+        CannotMeasure: it is not installed, or did not start.
+    """
+    install("litellm", LITELLM_VENV, LITELLM_REQUIREMENTS)
+    show = "import importlib.metadata as m; print(m.version('litellm'))"
+    python = LITELLM_VENV / "bin/python"
+    version = subprocess.run([python, "-c", show], capture_output=True, text=True, check=False)
+    port = free_port()
+    config = folder / "litellm.json"
+    config.write_text(
+        json.dumps(
+            {
+                "model_list": [
+                    {
+                        "model_name": MODEL,
+                        "litellm_params": {
+                            "model": f"openai/{MODEL}",
+                            "api_base": f"http://127.0.0.1:{worker_port}/v1",
+                            "api_key": "none",
+                        },
+                    }
+                ],
+                "litellm_settings": {"telemetry": False, "num_retries": 0, "request_timeout": 300},
+                "general_settings": {"disable_spend_logs": True},
+            }
+        )
+    )
+    command: list[str | Path] = [
+        *("env", "LITELLM_LOCAL_MODEL_COST_MAP=True", "LITELLM_LOG=ERROR", "LITELLM_MODE=PRODUCTION"),
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY=true",  # it listens on loopback only
+        *(LITELLM_VENV / "bin/litellm", "--config", config, "--host", "127.0.0.1", "--port", str(port)),
+        *("--num_workers", "1", "--telemetry", "False"),
+    ]
+    process = Process("litellm", command, folder / "litellm.out")
     return _when_it_answers(Peer(process, port, version.stdout.strip()))
 
 

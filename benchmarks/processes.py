@@ -160,10 +160,10 @@ def cluster(folder: Path, worker_args: Sequence[str]) -> Iterator[Cluster]:
         running.close()
 
 
-def fetch(url: str, body: bytes | None = None) -> bytes:
+def fetch(url: str, body: bytes | None = None, timeout_s: float = 60.0) -> bytes:
     """Give the body of an answer; an error answer is an `OSError`."""
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=timeout_s) as response:
         return bytes(response.read())
 
 

@@ -110,7 +110,7 @@ def to_markdown(results: RelayResults) -> str:
     parts += [f"Not measured: {name}: {why}\n" for name, why in results.absent.items()]
     parts.append(_targets(results))
     for shape in results.shapes():
-        parts += [f"### {shape.name}\n", _streams(results, shape), _services(results, shape)]
+        parts += [f"### {shape.name}\n", streams_table(results, shape), services_table(results, shape)]
     return "\n".join(parts)
 
 
@@ -149,7 +149,7 @@ def _targets(results: RelayResults) -> str:
     return table(("target", "at most", "measured", "met"), rows)
 
 
-def _streams(results: RelayResults, shape: Shape) -> str:
+def streams_table(results: RelayResults, shape: Shape) -> str:
     heads = ("way", "tok/s", "lost", "TTFT p50 / p99 ms", "added", "between tokens p50 / p99 ms", "added")
     return table(heads, [_streams_of(results, shape, way) for way in results.ways()])
 
@@ -177,7 +177,7 @@ def _streams_of(results: RelayResults, shape: Shape, way: str) -> list[str]:
     ]
 
 
-def _services(results: RelayResults, shape: Shape) -> str:
+def services_table(results: RelayResults, shape: Shape) -> str:
     rows = []
     for way in results.ways():
         cells = results.of(shape, way)

@@ -8,7 +8,10 @@ from rbee_processes import REPOSITORY
 
 from rbee_contracts.operations import OPERATIONS, OnHive
 from rbee_contracts.results import RESULTS
+from rbee_hive.check import HiveChecker
 from rbee_hive.handlers import HiveHandlers
+from rbee_hive.models import ModelHandlers
+from rbee_hive.supervisor.handlers import WorkerHandlers
 from rbee_queen.fleet import Fleet
 from rbee_queen.handlers import QueenHandlers
 
@@ -21,9 +24,16 @@ def test_the_page_is_up_to_date() -> None:
 
 def test_an_operation_has_a_result_where_and_only_where_a_service_executes_it() -> None:
     none: object = None
-    hive = set(HiveHandlers("h", none, none, none).table())  # type: ignore[arg-type]
-    queen = set(QueenHandlers(Fleet(lambda: 0.0)).table())
+    tables = [
+        HiveHandlers("h", none, none).table(),  # type: ignore[arg-type]
+        WorkerHandlers(none, none).table(),  # type: ignore[arg-type]
+        ModelHandlers(none, none).table(),  # type: ignore[arg-type]
+        HiveChecker(none, none, "").table(),  # type: ignore[arg-type]
+    ]
+    hive = {operation for table in tables for operation in table}
+    assert len(hive) == sum(map(len, tables)), "an operation has two handlers, of which one is never called"
+    queen = set(QueenHandlers(Fleet(lambda: 0.0), none).table())  # type: ignore[arg-type]
 
     assert hive | queen == set(RESULTS)
     assert queen >= hive, "the queen does not forward what a hive can do"
-    assert hive <= set(get_args(OnHive)) | {OPERATIONS["infer"]}
+    assert hive <= set(get_args(OnHive)) | {OPERATIONS["infer"], OPERATIONS["openai"]}

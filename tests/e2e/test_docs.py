@@ -19,8 +19,24 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 RUNNABLE = {"bash", "sh", "python", "javascript"}
-ELSEWHERE = {"activate", "make-demo", "rbee-up", "rbee-status", "rbee-infer", "workers", "jobs", "scripts"}
+ELSEWHERE = {
+    *("activate", "make-demo", "rbee-up", "rbee-status", "rbee-infer", "workers", "jobs", "scripts"),
+    *("models", "machines"),
+}
 """Run by test_commands.py."""
+
+WITH_CLIENTS = {
+    *(
+        "openai-curl",
+        "openai-python",
+        "openai-node",
+        "openai-anthropic",
+        "openai-litellm",
+        "openai-langchain",
+    ),
+    *("openai-cancel", "openai-job"),
+}
+"""Run by test_openai_vllm.py."""
 
 WITH_A_TOKEN = {"token-make", "token-curl"}
 """Run by test_access_faults.py."""

@@ -24,6 +24,7 @@ from rbee_hive.config import parse as parse_hive
 from rbee_job_server import JobServer
 from rbee_queen.app import build_queen_app
 from rbee_queen.config import parse as parse_queen
+from rbee_queen.fleet import Fleet
 from rbee_worker.app import build_worker_app
 from rbee_worker.config import parse as parse_worker
 from rbee_worker.engine.sim import SimEngine, SimParameters
@@ -58,9 +59,9 @@ def app_of(service: str) -> Starlette:
     server = JobServer(service=service, actor=service, handlers={})
     anything: Any = None
     if service == "queen":
-        return build_queen_app(parse_queen([], environ), server, anything, anything)
+        return build_queen_app(parse_queen([], environ), server, Fleet(lambda: 0.0), anything)
     if service == "hive":
-        return build_hive_app(parse_hive([], environ), server, anything, anything)
+        return build_hive_app(parse_hive([], environ), server, anything, anything, anything)
     config = parse_worker(["--model", "m", "--port", "0", "--engine", "sim"], environ)
     engine = SimEngine("m", SimParameters())
     return build_worker_app(config, server, WorkerState(config, engine), engine)

@@ -41,6 +41,7 @@ DATA: dict[str, Any] = {
     },
     "infer_worker": {"hive_id": "h", "worker_id": "w", "port": 9300},
     "infer_complete": {"usage": USAGE, "finish_reason": "stop", "timings": TIMINGS, "stop_reason": 7},
+    "openai_response": {"status": 200, "content_type": "text/event-stream", "stream": True},
     "worker_spawn_complete": {"worker_id": "w", "pid": 7, "port": 9300, "model": "m", "devices": [0]},
     "model_download_progress": {
         "model": "m",

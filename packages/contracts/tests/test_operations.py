@@ -59,7 +59,10 @@ EXAMPLES: list[Operation] = [
         priority=-1,
     ),
     ops.OpenAI(
-        endpoint="/v1/chat/completions", body={"model": "m", "messages": []}, hive_id="h", worker_id="w"
+        endpoint="/v1/chat/completions",
+        body=msgspec.Raw(b'{"model":"m","messages":[]}'),
+        hive_id="h",
+        worker_id="w",
     ),
     ops.Status(),
     ops.HiveList(timeout_s=3.0),
@@ -247,7 +250,6 @@ def test_a_field_that_does_not_fit_is_refused_and_named(fields: str) -> None:
         b'{"operation":"openai","endpoint":"/v1/../metrics","body":{}}',
         b'{"operation":"openai","endpoint":"/v1/completions\\n","body":{}}',
         b'{"operation":"openai","endpoint":"/v1/completions","body":[]}',
-        b'{"operation":"openai","endpoint":"/v1/completions","body":{"a":1e999}}',
         b'{"operation":"hive_get"}',
     ],
 )

@@ -558,6 +558,19 @@ async def test_heartbeats_decode_and_their_end_is_a_cut() -> None:
             await anext(beats)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [b"no json", b'{"number":"x"}', b'{"new":' + b"[" * 100_000 + b"]" * 100_000 + b',"number":1}'],
+    ids=["no-json", "wrong-type", "deeply-nested"],
+)
+async def test_a_heartbeat_that_cannot_be_read_is_a_cut(data: bytes) -> None:
+    """F41, F48: whoever follows a service outlasts what it says."""
+    chunks = [SSE_HEAD, b"event: heartbeat\ndata: " + data + b"\n\n"]
+    async with scripted(chunks) as (url, _), JobClient(url, timeouts=QUICK) as client:
+        with pytest.raises(StreamCut):
+            await anext(client.heartbeats("", Beat))
+
+
 # --- follow --------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """The registry: what is kept of jobs that have ended, and what goes first."""
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -148,3 +149,49 @@ def test_a_log_that_was_made_again_goes_like_any_other() -> None:
     job.readers = 0
     registry.sweep(clock.now)
     assert not keeps_log(job)
+
+
+def completed(registry: JobRegistry, clock: ManualClock, result: object) -> Job:
+    """A job that has ended with a result, swept once."""
+    clock.now += 1
+    job = Job(
+        job_id=new_job_id(),
+        seq=registry.take_seq(),
+        operation=Status(),
+        correlation_id="corr-1",
+        idempotency_key=None,
+        policy=JobPolicy(starts_at_once=True, resume_window_s=None, timeout_s=None),
+        unknown_fields={},
+        actor="queen",
+        clock=clock,
+        publisher=Firehose("ab12", "queen", clock),
+    )
+    registry.add(job)
+    job.start()
+    job.complete(result)
+    registry.sweep(clock.now)
+    return job
+
+
+def test_results_that_are_kept_are_bounded_together_and_the_oldest_go_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry_module, "RESULT_RETENTION_BYTES", 500)
+    clock, registry = ManualClock(), JobRegistry()
+    jobs = [completed(registry, clock, {"text": "x" * 200}) for _ in range(4)]
+    small = completed(registry, clock, {"ok": True})
+
+    assert [job.record().result is not None for job in jobs] == [False, False, True, True]
+    assert all(keeps_log(job) for job in jobs)
+    assert msgspec.json.encode(small.record().result) == b'{"ok":true}'
+    assert [job.state for job in registry] == ["completed"] * 5
+
+
+def test_the_results_of_forgotten_records_no_longer_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_module, "RESULT_RETENTION_BYTES", 500)
+    monkeypatch.setattr(registry_module, "RECORDS_KEPT", 2)
+    clock, registry = ManualClock(), JobRegistry()
+    for _ in range(20):
+        completed(registry, clock, {"text": "x" * 200})
+
+    assert [job.result is not None for job in registry] == [True, True]

@@ -53,6 +53,27 @@ class InferResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     choices: list[ChoiceEnd] = []
 
 
+class OpenAIHead(Struct, frozen=True, kw_only=True):
+    """How the engine's answer begins. `stream`: its chunks are the frames of an event stream."""
+
+    status: int
+    content_type: str
+    stream: bool = False
+
+
+class OpenAIResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Result of `openai`; the body came as `chunk` events.
+
+    One chunk for each frame of an event stream, and else one for the whole body: JSON as it stands, any
+    other text as a JSON string. `done`: the stream ended with `[DONE]`.
+    """
+
+    status: int
+    content_type: str
+    done: bool = False
+    usage: Usage | None = None
+
+
 class TokenLogprob(Struct, frozen=True, kw_only=True):
     token_id: int
     token: str
@@ -187,6 +208,12 @@ class InferComplete(Narrated, frozen=True, kw_only=True, tag="infer_complete"):
     data: InferResult
 
 
+class OpenAIResponse(Narrated, frozen=True, kw_only=True, tag="openai_response"):
+    """The engine has begun its answer; its body follows as `chunk` events."""
+
+    data: OpenAIHead
+
+
 class WorkerSpawnStart(Narrated, frozen=True, kw_only=True, tag="worker_spawn_start"):
     """The worker's process has been started."""
 
@@ -253,7 +280,7 @@ class Token(Event, frozen=True, kw_only=True, tag="token"):
 
 
 class Chunk(Event, frozen=True, kw_only=True, tag="chunk"):
-    """Output: `data` is one raw OpenAI chunk."""
+    """Output: `data` is one raw OpenAI chunk, `message` the name of its server-sent event, if it has one."""
 
     kind: ClassVar[Kind] = "output"
 
@@ -315,6 +342,7 @@ KnownEvent: TypeAlias = (
     | InferWorker
     | InferRetry
     | InferComplete
+    | OpenAIResponse
     | WorkerSpawnStart
     | WorkerSpawnHealthCheck
     | WorkerSpawnComplete

@@ -65,6 +65,19 @@ def is_step_key(key: str) -> bool:
     return _is_step_key(key) is not None
 
 
+def parse_step_key(key: str) -> tuple[str, str, int] | None:
+    """Give the root job, the step and the attempt that a key names; None where no hop has made it."""
+    if not is_step_key(key):
+        return None
+    root, step, attempt = key.split("/")
+    return root, step, int(attempt)
+
+
+def is_hop_job_id(job_id: str) -> bool:
+    """Whether a job id was derived by a hop (`hop_job_id`): its UUID is of version 5, others are of 4."""
+    return job_id[18:19] == "5"
+
+
 def hop_job_id(service: str, key: str) -> str:
     """Give the id that the job of `key` has at a `service` (`hive` or `worker`).
 

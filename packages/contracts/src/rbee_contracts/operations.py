@@ -23,11 +23,33 @@ Pid = Annotated[int, Meta(ge=2, le=2**22)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 TokenCount = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
+OpenAIModel = Annotated[str, Meta(min_length=1, max_length=290)]
 WorkerArg = Annotated[str, Meta(max_length=4096, pattern=r"^[^\x00]*\Z")]
 
 
 def _tag(class_name: str) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in class_name).lstrip("_")
+
+
+class _Addressed(Struct, frozen=True):
+    """All that is read of a body that goes to the engine as it stands."""
+
+    model: OpenAIModel | None = None
+
+
+_model_decoder = msgspec.json.Decoder(_Addressed)
+
+
+def _model_of(body: msgspec.Raw) -> str | None:
+    """Give the `model` that a body names.
+
+    Raises:
+        ValueError: it is no name.
+    """
+    try:
+        return _model_decoder.decode(body).model
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
+        raise ValueError(f"`body`: {exc}") from exc
 
 
 class Operation(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="operation", tag=_tag):
@@ -115,12 +137,26 @@ class Infer(Operation, frozen=True, kw_only=True):
 
 
 class OpenAI(Operation, frozen=True, kw_only=True, tag="openai"):
-    """Pass one raw request body to an endpoint of the worker's OpenAI app."""
+    """Pass one raw request body to an endpoint of the worker's OpenAI app.
+
+    `body` is a JSON object that goes to the engine as it stands, byte for byte; `model` says which model's
+    worker that is, and is read from `body` where it is left out. What is no JSON (a form with audio) goes in
+    `body_base64` with its `content_type`; `body` then holds only the `model`.
+    """
 
     endpoint: Annotated[str, Meta(pattern=r"^/v1/[a-z0-9_/-]{1,100}\Z")]
-    body: dict[str, Any]
+    body: msgspec.Raw
+    body_base64: Annotated[str, Meta(pattern=r"^[A-Za-z0-9+/]*={0,2}\Z")] | None = None
+    content_type: Annotated[str, Meta(pattern=r"^[ -~]{1,256}\Z")] = "application/json"
+    model: OpenAIModel | None = None
     hive_id: HiveId | None = None
     worker_id: WorkerId | None = None
+
+    def __post_init__(self) -> None:
+        if bytes(memoryview(self.body)[:1]) != b"{":
+            raise ValueError("`body` must be a JSON object")
+        if self.model is None:
+            msgspec.structs.force_setattr(self, "model", _model_of(self.body))
 
 
 class Status(Operation, frozen=True, kw_only=True):

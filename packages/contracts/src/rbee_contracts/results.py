@@ -10,6 +10,7 @@ from rbee_contracts.operations import Operation
 
 RESULTS: dict[type[Operation], Any] = {
     operations.Infer: events.InferResult,
+    operations.OpenAI: events.OpenAIResult,
     operations.Status: nodes.StatusResult,
     operations.HiveList: nodes.HiveListResult,
     operations.HiveGet: nodes.HiveInfo,
@@ -32,4 +33,5 @@ RESULTS: dict[type[Operation], Any] = {
     operations.ModelUnload: nodes.ModelUnloaded,
     operations.HiveDrain: nodes.HiveDrained,
     operations.HiveCheck: nodes.CheckResult,
+    operations.QueenCheck: nodes.CheckResult,
 }

@@ -318,7 +318,7 @@ class JobClient:
                     async for frame in frames:
                         if frame.event == "heartbeat":
                             yield msgspec.json.decode(frame.data, type=type_)
-        except (httpx.HTTPError, SSEError, msgspec.MsgspecError) as exc:
+        except (httpx.HTTPError, SSEError, msgspec.MsgspecError, RecursionError) as exc:
             raise StreamCut(f"{self.base_url}: {_reason(exc)}.") from exc
         raise StreamCut(f"{self.base_url} closed its heartbeats.")
 

@@ -162,7 +162,8 @@ class Job:
         self.readers = 0
         self.error: JobError | None = None
         self.usage: Usage | None = None
-        self.result: Any = None
+        self.result: msgspec.Raw | None = None
+        """As JSON, so that it takes as much as it is counted as; None also once it is no longer kept."""
         self.created_at = clock.timestamp()
         self.created = clock.monotonic()
         self.started_at: str | None = None
@@ -216,7 +217,7 @@ class Job:
         job.started = now - stored.age_s if stored.started_at is not None else None
         job.finished_at = stored.finished_at
         job.finished = now - stored.age_s if stored.finished_at is not None else None
-        job.error, job.usage, job.result = stored.error, stored.usage, stored.result
+        job.error, job.usage, job.result = stored.error, stored.usage, _as_json(stored.result)
         job.has_spoken = stored.has_spoken
         job.steps = list(stored.steps)
         job.lower_n = max((said.lower_n for said in stored.said if said.lower_n is not None), default=0)
@@ -446,7 +447,7 @@ class Job:
         body = encode_event(event)  # may raise, for some results: then the job has not ended
         if self.log is not None and not self.log.has_room(body):
             raise self._too_large()
-        self.result = result
+        self.result = _as_json(result)
         return self._end("completed", event)
 
     def fail(self, error: RbeeError) -> bool:
@@ -578,6 +579,10 @@ class Job:
 
     def _formatted(self, message: str) -> str:
         return f"[{self.actor}] {message}"
+
+
+def _as_json(result: object) -> msgspec.Raw | None:
+    return None if result is None else msgspec.Raw(encode_json(result))
 
 
 def _token_fields(token: Token) -> bytes:

@@ -1,6 +1,6 @@
 """The table of jobs: who is in it, under which id and key, in which order, and for how long."""
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 
 from rbee_contracts.errors import Conflict, Gone, InvalidRequest, NotFound
@@ -13,6 +13,9 @@ LOG_RETENTION_S = 600.0
 
 LOG_RETENTION_BYTES = 64 * 2**20
 """Bytes of finished logs kept per service; beyond it the oldest finished go first."""
+
+RESULT_RETENTION_BYTES = 64 * 2**20
+"""Bytes of the results that records keep, per service; beyond it the oldest finished go first."""
 
 RECORDS_KEPT = 10_000
 """Records of finished jobs kept; beyond it the oldest finished are forgotten."""
@@ -55,6 +58,9 @@ class JobRegistry:
         self._logs: deque[Job] = deque()
         """Finished jobs whose log is kept; both in the order in which they ended."""
         self._log_bytes = 0
+        self._results: OrderedDict[str, Job] = OrderedDict()
+        """Finished jobs whose result is kept, in the order in which they ended."""
+        self._result_bytes = 0
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -154,7 +160,7 @@ class JobRegistry:
             self._log_bytes += job.log.size
 
     def sweep(self, now: float) -> None:
-        """Drop finished logs and records that are past their bounds. `now` is monotonic.
+        """Drop finished logs, results and records that are past their bounds. `now` is monotonic.
 
         What costs time is what has changed: jobs that have ended since the last time, and what is dropped.
         """
@@ -170,12 +176,15 @@ class JobRegistry:
                 self._drop_log(job)
         self._logs.extendleft(reversed(read))
         read.clear()
+        while self._result_bytes > RESULT_RETENTION_BYTES:
+            self._drop_result(next(iter(self._results.values())))
         for _ in range(len(self._finished) - RECORDS_KEPT):
             job = self._finished.popleft()
             if job.readers:
                 read.append(job)
                 continue
             self._drop_log(job)
+            self._drop_result(job)
             del self._jobs[job.id]
             if job.idempotency_key is not None:
                 self._by_key.pop(job.idempotency_key, None)
@@ -190,6 +199,14 @@ class JobRegistry:
             if job.log is not None:
                 self._logs.append(job)
                 self._log_bytes += job.log.size
+            if job.result is not None:
+                self._results[job.id] = job
+                self._result_bytes += len(job.result)
+
+    def _drop_result(self, job: Job) -> None:
+        if self._results.pop(job.id, None) is not None and job.result is not None:
+            self._result_bytes -= len(job.result)
+            job.result = None
 
     def _drop_log(self, job: Job) -> None:
         if job.log is not None:

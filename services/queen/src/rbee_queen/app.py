@@ -14,6 +14,8 @@ from rbee_job_server.errors import json_response
 from rbee_queen import VERSION
 from rbee_queen.config import QueenConfig
 from rbee_queen.fleet import Fleet
+from rbee_queen.openai import ErrorShapes, openai_routes
+from rbee_queen.openapi import docs_routes
 
 _ready_decoder = msgspec.json.Decoder(HiveReady)
 
@@ -25,13 +27,13 @@ def build_queen_app(config: QueenConfig, server: JobServer, fleet: Fleet, beats:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             raise InvalidRequest(f"The body is no announcement of a hive: {exc}") from exc
         peer = request.client.host if request.client else "127.0.0.1"
-        fleet.announce(ready, peer)
+        await fleet.announce(ready, peer)
         return json_response({"status": "ok"})
 
     async def heartbeats(_: Request) -> EventStreamResponse:
         return EventStreamResponse(beats.reader(), on_close=lambda: None)
 
-    return build_app(
+    app = build_app(
         server,
         name="queen",
         service_id="queen",
@@ -39,7 +41,11 @@ def build_queen_app(config: QueenConfig, server: JobServer, fleet: Fleet, beats:
         routes=[
             Route("/v1/hive/ready", hive_ready, methods=["POST"]),
             Route("/v1/heartbeats/stream", heartbeats),
+            *docs_routes(VERSION),
+            *openai_routes(server, fleet.infos, config.aliases, max_body_bytes=config.limits.max_body_bytes),
         ],
         access=config.access,
         limits=config.limits,
     )
+    app.add_middleware(ErrorShapes)
+    return app

@@ -1,6 +1,7 @@
 """The queen's configuration: its command line, read once."""
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,8 +11,13 @@ from rbee_job_server.access import AccessConfig
 from rbee_job_server.guards import Limits
 from rbee_job_server.logs import LEVELS
 from rbee_job_server.options import add_guard_options, read_guard_options
+from rbee_queen.fleet.liveness import LOST_AFTER_S, UNREACHABLE_AFTER_S, Patience
+from rbee_queen.openai.aliases import Aliases, BadAlias
 
 DEFAULT_PORT = 7833
+
+MIN_PATIENCE_S = 2.0
+"""The least silence that may mean anything: two heartbeats."""
 
 
 class QueenConfig(Struct, frozen=True, kw_only=True):
@@ -29,8 +35,10 @@ class QueenConfig(Struct, frozen=True, kw_only=True):
     keep_jobs: int
     drain_timeout_s: float
     log_level: str
+    patience: Patience = Patience()
     access: AccessConfig = AccessConfig()
     limits: Limits = Limits()
+    aliases: Aliases = Aliases()
 
 
 def parse(argv: list[str], environ: Mapping[str, str]) -> QueenConfig:
@@ -75,11 +83,51 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> QueenConfig:
         default=30.0,
         help="seconds for running jobs on SIGTERM (default: %(default)s)",
     )
+    parser.add_argument(
+        "--hive-unreachable-after-s",
+        metavar="S",
+        type=float,
+        default=UNREACHABLE_AFTER_S,
+        help="seconds of silence after which a hive gets no new work (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--hive-lost-after-s",
+        metavar="S",
+        type=float,
+        default=LOST_AFTER_S,
+        help="seconds of silence after which a hive's jobs are given up (default: %(default)s)",
+    )
     parser.add_argument("--log-level", choices=LEVELS, default="info")
+    parser.add_argument(
+        "--alias",
+        metavar="NAME=MODEL",
+        action="append",
+        default=[],
+        help="a name that OpenAI requests may use for a model; repeatable",
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="NAME=MODEL",
+        action="append",
+        default=[],
+        help="a LoRA adapter that the workers of a model have under this name; repeatable",
+    )
     add_guard_options(parser)
     args = parser.parse_args(argv)
     if not 0 <= args.port <= 65535:
         parser.error(f"--port {args.port} is not a port")
+    patience = Patience(
+        unreachable_after_s=args.hive_unreachable_after_s, lost_after_s=args.hive_lost_after_s
+    )
+    if not MIN_PATIENCE_S <= patience.unreachable_after_s < patience.lost_after_s < math.inf:
+        parser.error(
+            f"--hive-unreachable-after-s must be at least {MIN_PATIENCE_S:g}, as hives are heard once a "
+            "second, and less than --hive-lost-after-s"
+        )
+    try:
+        aliases = Aliases.parse(args.alias, args.adapter)
+    except BadAlias as exc:
+        parser.error(str(exc))
     guarding = read_guard_options(parser, args, environ)
     return QueenConfig(
         host=args.host,
@@ -91,6 +139,8 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> QueenConfig:
         keep_jobs=args.keep_jobs,
         drain_timeout_s=args.drain_timeout_s,
         log_level=args.log_level,
+        patience=patience,
         access=guarding.access,
         limits=guarding.limits,
+        aliases=aliases,
     )

@@ -1,24 +1,29 @@
 """What the queen does for each operation."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any, get_args
 
-import msgspec
-import structlog
+from msgspec.structs import replace
 
-from rbee_contracts.errors import NoCapacity, RbeeError, Unavailable
-from rbee_contracts.events import AnyEvent, Candidate, Decision, InferSchedule
-from rbee_contracts.nodes import HiveInfo, HiveListResult, StatusResult
+from rbee_contracts.errors import RbeeError, Unavailable
+from rbee_contracts.events import AnyEvent, Decision
+from rbee_contracts.nodes import SERVING, CheckResult, HiveInfo, HiveListResult, StatusResult
 from rbee_contracts.operations import (
+    HiveDrain,
     HiveGet,
     HiveList,
     HiveOperation,
     Infer,
+    ModelDownload,
+    ModelLoad,
+    ModelUnload,
     OnHive,
+    OpenAI,
+    QueenCheck,
     ScheduleExplain,
     Status,
+    WorkerDrain,
     WorkerSpawn,
     WorkerStop,
 )
@@ -27,49 +32,56 @@ from rbee_job_server import Handlers, JobContext
 from rbee_job_server.jobs import Job
 from rbee_queen import VERSION
 from rbee_queen.fleet import Fleet, Hive
-from rbee_queen.scheduler import NoPlacement, Request, schedule
+from rbee_queen.inference import Inference
+
+SEEN_TIMEOUT_S = 3.0
+"""How long an operation waits until what it has done shows in the hive's heartbeats."""
+
+NEW_WORK = (WorkerSpawn, ModelLoad, ModelDownload)
+"""What a draining hive is not asked to do; inferences do not come this way."""
 
 
 class QueenHandlers:
     """Executes the queen's operations on its fleet, and forwards a hive's to the hive."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, check: Callable[[JobContext], Awaitable[CheckResult]]) -> None:
         self._fleet = fleet
+        self._check = check
+        self._inference = Inference(fleet, time.monotonic)
         self._started = time.monotonic()
 
     def table(self) -> Handlers:
         forwarded = {operation: self.forward for operation in get_args(OnHive) if operation in RESULTS}
         return forwarded | {
             Infer: self.infer,
+            OpenAI: self.infer,
             Status: self.status,
             HiveList: self.hive_list,
             HiveGet: self.hive_get,
             ScheduleExplain: self.schedule_explain,
+            QueenCheck: self.queen_check,
         }
 
-    async def infer(self, op: Infer, context: JobContext) -> Any:
-        """Run an inference on the least busy ready worker of its model."""
-        context.narrate("infer_start", f"Inference on {op.model} has started.")
-        earlier = context.job.earlier(InferSchedule)
-        decision = earlier.data if earlier is not None else self._decide(op)
-        context.narrate(
-            "infer_schedule",
-            f"Runs on {decision.worker_id} of hive {decision.hive_id}: {decision.reason}.",
-            decision,
-        )
-        hive = self._fleet.get(decision.hive_id)
-        structlog.contextvars.bind_contextvars(hive_id=hive.id, worker_id=decision.worker_id)
-        placed = msgspec.structs.replace(op, hive_id=hive.id, worker_id=decision.worker_id)
-        with _assigned(hive, decision.worker_id):
-            return await hive.relay.perform(context, placed, step="infer")
+    async def infer(self, op: Infer | OpenAI, context: JobContext) -> Any:
+        """Run an inference; see `Inference.run`."""
+        return await self._inference.run(op, context)
 
     async def forward(self, op: HiveOperation, context: JobContext) -> Any:
-        """Have a hive execute one of its operations."""
+        """Have a hive execute one of its operations; what it has done then shows in the fleet."""
         step = context.job.find_step(op.name, 0)
-        hive = self._fleet.reachable(op.hive_id) if step is None else self._fleet.get(step.where)
-        result = await hive.relay.perform(context, msgspec.structs.replace(op, hive_id=hive.id), step=op.name)
-        if isinstance(op, WorkerSpawn | WorkerStop):
-            await self._fleet.until_seen(hive, result["worker_id"], is_ready=isinstance(op, WorkerSpawn))
+        if step is not None:
+            hive = self._fleet.get(step.where)
+        else:
+            hive = self._fleet.reachable(op.hive_id, worker_id=getattr(op, "worker_id", None))
+            if hive.is_draining and isinstance(op, NEW_WORK):
+                raise Unavailable(
+                    f"Hive {hive.id} is draining: it finishes what it has and takes nothing new. "
+                    f"To take that back: rbee hive drain {hive.id} --undo",
+                    code="draining",
+                    title="Draining",
+                )
+        result = await hive.relay.perform(context, replace(op, hive_id=hive.id), step=op.name)
+        await hive.until(_outcome(op, result), SEEN_TIMEOUT_S)
         return result
 
     async def read_output(self, job: Job) -> list[AnyEvent]:
@@ -90,47 +102,36 @@ class QueenHandlers:
         return HiveListResult(hives=self._fleet.infos())
 
     async def hive_get(self, op: HiveGet, _: JobContext) -> HiveInfo:
-        hive_id = self._fleet.get(op.hive_id).id
-        return next(info for info in self._fleet.infos() if info.hive_id == hive_id)
+        return self._fleet.info(op.hive_id)
 
     async def schedule_explain(self, op: ScheduleExplain, _: JobContext) -> Decision:
-        return self._decide(op)
+        return self._inference.decide(op)
 
-    def _decide(self, op: Infer | ScheduleExplain) -> Decision:
-        request = Request(model=op.model, hive_id=op.hive_id, worker_id=op.worker_id)
-        decision = schedule(self._fleet.snapshot(), request)
-        if isinstance(decision, NoPlacement):
-            raise NoCapacity(_no_worker(request, decision.candidates, self._fleet.infos()), code="no_worker")
-        return decision
+    async def queen_check(self, _: QueenCheck, context: JobContext) -> CheckResult:
+        return await self._check(context)
 
 
-@contextmanager
-def _assigned(hive: Hive, worker_id: str) -> Iterator[None]:
-    """Count a request on a worker for as long as it is ours."""
-    hive.assigned[worker_id] = hive.assigned.get(worker_id, 0) + 1
-    try:
-        yield
-    finally:
-        hive.assigned[worker_id] -= 1
-        if not hive.assigned[worker_id]:
-            del hive.assigned[worker_id]
+def _outcome(op: HiveOperation, result: Any) -> Callable[[Hive], bool]:
+    """Give what the hive's heartbeats show once they are of after `op`, so that the next request finds it.
+
+    Where another has changed it meanwhile, that is never seen; nobody waits for it long.
+    """
+    match op:
+        case WorkerSpawn() | ModelLoad():
+            return lambda hive: _state(hive, result["worker_id"]) in SERVING
+        case WorkerStop():
+            return lambda hive: _state(hive, op.worker_id) is None
+        case WorkerDrain():
+            return lambda hive: op.draining is not (_state(hive, op.worker_id) in SERVING)
+        case ModelUnload():
+            left = [worker["worker_id"] for worker in result["workers"]]
+            return lambda hive: not any(_state(hive, worker_id) in SERVING for worker_id in left)
+        case HiveDrain():
+            return lambda hive: hive.is_draining is op.draining
+        case _:
+            return lambda hive: True
 
 
-def _no_worker(request: Request, candidates: list[Candidate], hives: list[HiveInfo]) -> str:
-    """Say what runs, and what would make this request run."""
-    here = [c for c in candidates if c.model == request.model]
-    why = "; ".join(f"{c.worker_id} on {c.hive_id} {c.reason}" for c in here)
-    running = ", ".join(f"{c.model} ({c.worker_id} on {c.hive_id})" for c in candidates) or "nothing"
-    text = f"No worker can run {request.model!r} now"
-    text += f": {why}." if why else f". Running: {running}."
-    if not hives:
-        return f"{text} No hive has announced itself; start one: rbee-hive --queen-url URL-OF-THIS-QUEEN"
-    having = [hive.hive_id for hive in hives if any(model.model == request.model for model in hive.models)]
-    hive_id = request.hive_id or (having or [hive.hive_id for hive in hives])[0]
-    if not having:
-        models = sorted({model.model for hive in hives for model in hive.models})
-        text += (
-            f" It lies on no hive; models that do: {', '.join(models) or 'none'}. "
-            f"Put it into the models folder of {hive_id} first."
-        )
-    return f"{text} To start one: rbee worker spawn --model {request.model} --hive-id {hive_id}"
+def _state(hive: Hive, worker_id: str) -> str | None:
+    worker = hive.worker(worker_id)
+    return None if worker is None else worker.state

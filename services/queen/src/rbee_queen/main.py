@@ -7,13 +7,16 @@ import anyio
 import structlog
 
 from rbee_contracts.nodes import QueenHeartbeat
+from rbee_contracts.operations import OpenAI
 from rbee_job_server import JobServer, ServeConfig, bind, serve
 from rbee_job_server.beats import BEAT_EVERY_S, Beats
 from rbee_queen.app import build_queen_app
+from rbee_queen.check import QueenCheck
 from rbee_queen.config import QueenConfig
 from rbee_queen.fleet import Fleet
 from rbee_queen.handlers import QueenHandlers
 from rbee_queen.journal import StoreJournal
+from rbee_queen.openai import OpenAIJobs
 from rbee_queen.recovery import restore
 from rbee_queen.store import JobStore
 from rbee_queen.store.sql import SqlStore
@@ -45,13 +48,21 @@ async def run(config: QueenConfig) -> int:
     sock = bind(config.host, config.port)
     store = open_store(config, sock.getsockname()[1])
     journal = StoreJournal(store, keep_s=config.keep_days * 86_400, keep_jobs=config.keep_jobs)
-    fleet = Fleet(time.monotonic, journal, token=config.access.token)
+    fleet = Fleet(
+        time.monotonic,
+        journal,
+        token=config.access.token,
+        patience=config.patience,
+        jobs=lambda: server.registry,
+    )
     beats = Beats()
-    handlers = QueenHandlers(fleet)
+    check = QueenCheck(config, journal, fleet, jobs=lambda: server.registry)
+    handlers = QueenHandlers(fleet, check.run)
+    openai = OpenAIJobs(handlers.infer, fleet.infos, config.aliases)
     server = JobServer(
         service="queen",
         actor="queen",
-        handlers=handlers.table(),
+        handlers={**handlers.table(), OpenAI: openai},
         journal=journal,
         read_output=handlers.read_output,
     )
