@@ -19,4 +19,4 @@ def test_the_table_has_the_values_of_the_constants(module: str, constant: str, v
 
 
 def test_the_table_is_found() -> None:
-    assert len(ROWS) == 12
+    assert len(ROWS) == 13

@@ -72,6 +72,7 @@ def test_a_stream_goes_on_when_the_hive_is_killed(cluster: Cluster, worker: dict
     tokens = 1500
     operation = infer(max_tokens=tokens, ignore_eos=True)
     expected = text_of(cluster.events(operation))
+    pid = info_of(cluster, worker["worker_id"])["pid"]
     reader = Reader(cluster.queen.url, cluster.submit(operation))
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(reader.read, 150)
@@ -83,7 +84,7 @@ def test_a_stream_goes_on_when_the_hive_is_killed(cluster: Cluster, worker: dict
     assert text_of(reader.events) == expected
     assert reader.events[-1]["action"] == "execute_complete"
     adopted = info_of(cluster, worker["worker_id"])
-    assert (adopted["pid"], adopted["adopted"]) == (worker["pid"], True)
+    assert (adopted["pid"], adopted["adopted"]) == (pid, True)
 
 
 def test_the_engines_processes_are_known_by_the_workers_nonce(
@@ -91,12 +92,13 @@ def test_the_engines_processes_are_known_by_the_workers_nonce(
 ) -> None:
     """vLLM's processes give themselves titles, which must not hide what they inherited."""
     until(lambda: info_of(cluster, worker["worker_id"])["state"] == "ready", "it is ready", 60)
-    family = {p.pid for p in psutil.Process(worker["pid"]).children(recursive=True)}
+    pid = info_of(cluster, worker["worker_id"])["pid"]
+    family = {p.pid for p in psutil.Process(pid).children(recursive=True)}
     listed = cluster.run({"operation": "worker_process_list"}, cluster.hive.url)["processes"]
     kinds = {process["pid"]: process["kind"] for process in listed}
 
-    assert kinds[worker["pid"]] == "worker"
-    cores = [p for p in psutil.Process(worker["pid"]).children() if "EngineCore" in " ".join(p.cmdline())]
+    assert kinds[pid] == "worker"
+    cores = [p for p in psutil.Process(pid).children() if "EngineCore" in " ".join(p.cmdline())]
     assert cores
     assert {pid: kinds.get(pid) for pid in family} == dict.fromkeys(family, "engine")
 

@@ -314,9 +314,8 @@ def test_an_address_that_no_hive_has_is_refused(tmp_path: Path) -> None:
     """F50."""
     with FleetCluster(tmp_path) as cluster:
         for url in ("http://169.254.169.254:80", "http://10.0.0.9:7835", "http://user@127.0.0.1:7835"):
-            answer = httpx.post(
-                f"{cluster.queen.url}/v1/hive/ready", json=FakeHive("fake").announcement | {"hive_url": url}
-            )
+            announcement = FakeHive("fake").announcement | {"port": 7835, "hive_url": url}
+            answer = httpx.post(f"{cluster.queen.url}/v1/hive/ready", json=announcement)
             assert (answer.status_code, answer.json()["code"]) == (400, "invalid_hive_url"), url
         assert not cluster.hive_info("fake")
 

@@ -127,6 +127,9 @@ class Cluster:
         except BaseException:
             for process in self.processes():
                 process.kill()
+            for name in ("queen", "hive"):
+                if name in vars(self):
+                    vars(self)[name].process.wait(10)
             raise
 
     def __enter__(self) -> Self:

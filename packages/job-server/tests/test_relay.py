@@ -299,11 +299,11 @@ async def test_a_lower_service_that_is_gone_for_good_fails_its_steps() -> None:
         both.wire.refusing = True
         both.wire.cut()
         begun = asyncio.get_running_loop().time()
-        await both.relay.lose(WorkerLost("Worker w1 was killed."))
+        await both.relay.lose(WorkerLost("Worker w1 was killed."), grace_s=600)
         frames = await both.upper.read(job_id)
         late = await both.upper.read(await both.upper.submit(infer("x")))
 
-        assert asyncio.get_running_loop().time() - begun < 1
+        assert asyncio.get_running_loop().time() - begun < 60
     assert text_of(frames) == "a b hang "
     assert actions(frames)[-3:] == ["error", "execute_error", "[DONE]"]
     assert frames[-3].json["code"] == late[-3].json["code"] == "worker_lost"

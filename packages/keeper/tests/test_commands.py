@@ -239,8 +239,9 @@ def test_a_hive_asked_directly_shows_that_it_drains(cluster: "ClusterUnderTest")
     assert undone.stdout.startswith("The hive takes new work; ")
 
 
-def test_a_queen_is_no_hive(cluster: "ClusterUnderTest") -> None:
-    done = cluster.rbee("--hive", cluster.queen_url, "status")
+@pytest.mark.parametrize("command", ["status", "device list"])
+def test_a_queen_is_no_hive(cluster: "ClusterUnderTest", command: str) -> None:
+    done = cluster.rbee("--hive", cluster.queen_url, *command.split())
 
     assert (done.returncode, done.stdout) == (1, "")
     assert "is a queen, not a hive. Speak to a queen with --queen." in done.stderr

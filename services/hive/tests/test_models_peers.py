@@ -15,7 +15,7 @@ from rbee_inprocess import Running, eventually, running
 from rbee_contracts.errors import NotFound, RbeeError, Unavailable
 from rbee_contracts.nodes import HiveInfo, HiveListResult, ModelInfo
 from rbee_contracts.operations import HiveList
-from rbee_hive.models import Models, QueenPeers, model_routes
+from rbee_hive.models import Models, QueenPeers, model_routes, peers
 from rbee_hive.models.routes import readings
 from rbee_hive.models.source import Peer
 from rbee_job_server.access import AccessConfig
@@ -269,6 +269,18 @@ async def test_a_hive_that_lists_nonsense_is_an_error(
             await store.fetch("m", source="hive")
 
     assert error.value.code == code
+
+
+async def test_a_list_is_read_to_its_bound_and_no_further(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "MAX_MANIFEST_BYTES", 1000)
+    hub.pages["/v1/models/m/manifest"] = b'{"model":"m","size":1,"files":0}' + b" " * 1000
+    async with running_store(tmp_path, peers=Named(hub.url)) as store:
+        with pytest.raises(RbeeError) as error:
+            await store.fetch("m", source="hive")
+
+    assert error.value.code == "peer_protocol_error"
 
 
 async def test_hostile_names_from_a_hive_are_refused(tmp_path: Path, hub: Hub) -> None:

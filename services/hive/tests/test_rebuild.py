@@ -9,12 +9,13 @@ import pytest
 
 from rbee_contracts.events import InferWorker, decode_event
 from rbee_contracts.ids import hop_job_id, new_job_id, step_key
-from rbee_contracts.jobs import JobRecord
+from rbee_contracts.jobs import JobPage, JobRecord
 from rbee_contracts.operations import Infer, OpenAI
 from rbee_contracts.sse import Position
-from rbee_hive.rebuild import RETURN_WINDOW_S, restored_job
+from rbee_hive.rebuild import RETURN_WINDOW_S, rebuild, restored_job
 from rbee_hive.supervisor.machine import Life
 from rbee_hive.supervisor.worker import Spec, Worker
+from rbee_job_server import JobServer
 from rbee_job_server.journal import RestoredJob
 
 HIVE_JOB = hop_job_id("hive", step_key(new_job_id(), "infer"))
@@ -108,3 +109,28 @@ def test_an_operation_stands_for_the_one_that_was_asked(operation: str, kind: ty
 )
 def test_what_is_no_hives_job_or_cannot_be_read_is_left(fields: dict[str, Any]) -> None:
     assert made(record(**fields)) is None
+
+
+class Listed:
+    """A worker's process that tells one job."""
+
+    def __init__(self, job: JobRecord) -> None:
+        self.client = self
+        self.job = job
+
+    async def list_jobs(self, **_: object) -> JobPage:
+        return JobPage(jobs=[self.job], next_cursor=None)
+
+
+async def test_a_job_that_two_workers_know_is_made_once_of_the_one_that_runs() -> None:
+    """It was sent to another worker when the first was too stuck to tell of it, and the hive restarted twice."""
+    server = JobServer(service="hive", actor="hive/box1", handlers={})
+    workers = []
+    for number, fields in enumerate([{"state": "completed", "finished_at": "2026-11-22T12:00:20Z"}, {}]):
+        workers.append(Worker(f"w{number}", Spec("m", "cpu", (0,)), Life(), Path("w.log")))
+        workers[-1].running = Listed(record(**fields))  # type: ignore[assignment]
+
+    assert await rebuild(server, workers, "box1", NOW) == 1
+    (job,) = server.registry
+    assert [step.where for step in job.steps] == ["w1"]
+    assert len(server._restored) == 1

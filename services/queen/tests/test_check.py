@@ -35,9 +35,9 @@ def state(**changes: Any) -> StoreState:
     return StoreState(**(values | changes))
 
 
-def facts(*, ahead_s: float | None = 0.1, **changes: Any) -> HiveFacts:
+def facts(*, ahead_s: float | None = 0.1, trouble: str | None = None, **changes: Any) -> HiveFacts:
     values = {"hive_id": "box1", "url": "http://10.0.0.9:7835", "state": "online", "version": "1"}
-    return HiveFacts(info=HiveInfo(**(values | changes)), clock_ahead_s=ahead_s)
+    return HiveFacts(info=HiveInfo(**(values | changes)), clock_ahead_s=ahead_s, trouble=trouble)
 
 
 def told(findings: Iterable[Finding]) -> list[tuple[str, str, str]]:
@@ -119,6 +119,13 @@ def test_a_hive_that_is_not_there(state: str, status: str) -> None:
 
     assert (name, found) == ("hive box1", status)
     assert "10.0.0.9" in text
+
+
+def test_why_a_hive_is_not_heard_is_told() -> None:
+    trouble = "At http://10.0.0.9:7835 hive 'box2' answers now, not 'box1'."
+    ((_, _, text),) = told(of_hives([facts(state="lost", last_seen_s=40.0, trouble=trouble)], "1"))
+
+    assert trouble in text
 
 
 def test_a_hive_whose_time_cannot_be_read_has_no_clock_to_tell_of() -> None:

@@ -1,8 +1,10 @@
 """Which addresses a hive may name (F50)."""
 
+import msgspec
 import pytest
 
 from rbee_contracts.errors import InvalidRequest
+from rbee_contracts.nodes import HiveReady
 from rbee_queen.fleet.address import checked_url, literal, own_url, parse
 
 
@@ -101,3 +103,27 @@ def test_without_a_token_a_hive_names_only_where_it_speaks_from() -> None:
 )
 def test_a_hive_that_names_no_url_is_where_it_speaks_from(peer: str, url: str) -> None:
     assert own_url(peer, 7835) == url
+
+
+ANNOUNCEMENT = {"hive_id": "box1", "boot": "b1", "started_at": "t", "version": "1", "port": 7835}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"port": 0},
+        {"port": -5},
+        {"port": 70_000},
+        {"boot": ""},
+        {"boot": "b" * 65},
+        {"version": "1" * 65},
+        {"hive_url": "http://" + "h" * 300},
+        {"hive_id": "../x"},
+    ],
+    ids=["port 0", "port -5", "port 70000", "no boot", "boot", "version", "url", "id"],
+)
+def test_an_announcement_is_bounded_field_by_field(field: dict[str, object]) -> None:
+    """What is announced is kept, and followed: no address that cannot be, and no text without an end."""
+    assert msgspec.convert(ANNOUNCEMENT, HiveReady).port == 7835
+    with pytest.raises(msgspec.ValidationError, match=next(iter(field))):
+        msgspec.convert(ANNOUNCEMENT | field, HiveReady)

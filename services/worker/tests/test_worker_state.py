@@ -134,14 +134,16 @@ async def test_a_worker_that_is_busy_or_cannot_does_not_sleep() -> None:
         assert (await made.status())["state"] == "busy"
 
 
-async def test_it_does_not_sleep_under_a_probe() -> None:
-    async with worker(sleep_mode=True, stall_after_tokens=1) as made, anyio.create_task_group() as tasks:
-        assert await made.ask("probe") == (200, ""), "its first token comes"
-        tasks.start_soon(made.ask, "probe")
-        await eventually(lambda: made.state._is_probing, "it is probed")
-
-        assert await made.ask("sleep") == (409, "worker_busy")
-        tasks.cancel_scope.cancel()
+async def test_it_does_not_sleep_under_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on = anyio.Event()
+    async with worker(sleep_mode=True) as made:
+        monkeypatch.setattr(made.state._engine, "probe", goes_on.wait)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(made.ask, "probe")
+            await eventually(lambda: made.state._is_probing, "it is probed")
+            assert await made.ask("sleep") == (409, "worker_busy")
+            goes_on.set()
+        assert await made.ask("sleep") == (200, "")
 
 
 async def test_a_job_that_was_taken_before_it_slept_is_refused_at_its_start() -> None:

@@ -1,8 +1,8 @@
 """What services tell about machines, devices, models and workers: results and heartbeats."""
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from rbee_contracts.ids import HiveId, ModelId, WorkerId
 
@@ -187,11 +187,11 @@ class HiveReady(Struct, frozen=True, kw_only=True):
     """
 
     hive_id: HiveId
-    boot: str
-    started_at: str
-    version: str
-    port: int
-    hive_url: str | None = None
+    boot: Annotated[str, Meta(min_length=1, max_length=64)]
+    started_at: Annotated[str, Meta(max_length=64)]
+    version: Annotated[str, Meta(max_length=64)]
+    port: Annotated[int, Meta(ge=1, le=65_535)]
+    hive_url: Annotated[str, Meta(max_length=300)] | None = None
 
 
 class HiveHeartbeat(Struct, frozen=True, kw_only=True):

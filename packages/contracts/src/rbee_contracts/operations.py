@@ -186,7 +186,8 @@ class QueenCheck(Operation, frozen=True, kw_only=True):
 
 
 class WorkerSpawn(HiveOperation, frozen=True, kw_only=True):
-    """Start a worker that serves `model`. Several `devices` set the tensor-parallel size.
+    """Start a worker that serves `model`. Several `devices` set the tensor-parallel size, divided by the
+    pipeline-parallel and data-parallel sizes in `worker_args`.
 
     `worker` chooses the kind of device; without it, CUDA where the hive has a GPU, else the CPU.
     `worker_args` go to the engine unchanged, as on vLLM's command line.

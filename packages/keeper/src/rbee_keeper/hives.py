@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from rbee_contracts.errors import Conflict, NotFound, RbeeError
+from rbee_contracts.errors import Conflict, InvalidRequest, NotFound, RbeeError
 from rbee_contracts.nodes import HiveListResult, HiveState, ServiceInfo
 from rbee_contracts.operations import HiveList, HiveOperation
 from rbee_job_client import JobClient
@@ -29,11 +29,24 @@ class Answers(Struct, frozen=True):
         return [(hive, item) for hive, result in self.results.items() for item in getattr(result, field)]
 
 
+async def own_id(client: JobClient, settings: Settings) -> str:
+    """Give the id of the hive that is spoken to directly.
+
+    Raises:
+        InvalidRequest: what answers is no hive.
+    """
+    info: ServiceInfo = await client.get_json("/v1/info", ServiceInfo)
+    if info.name != "hive":
+        raise InvalidRequest(
+            f"{settings.url} is a {info.name}, not a hive. Speak to a queen with --queen.", code="not_a_hive"
+        )
+    return info.id
+
+
 async def hive_ids(client: JobClient, settings: Settings) -> tuple[list[str], dict[str, str]]:
     """Give the hives that can be asked now, and why others cannot; a hive asked directly is the one."""
     if settings.is_hive:
-        info: ServiceInfo = await client.get_json("/v1/info", ServiceInfo)
-        return [info.id], {}
+        return [await own_id(client, settings)], {}
     known: HiveListResult = await perform(client, HiveList())
     answering = [hive.hive_id for hive in known.hives if hive.state not in SILENT]
     return answering, {hive.hive_id: hive.state for hive in known.hives if hive.state in SILENT}

@@ -60,12 +60,12 @@ async def rebuild(server: JobServer, workers: Iterable[Worker], hive_id: str, no
             if worker.running is not None:
                 tasks.start_soon(ask, worker, worker.running)
     restored = 0
-    # What runs is read before what has ended.
+    # What runs comes before what has ended, so that of a job that two workers know the running one is taken.
     for record, worker in sorted(
         found, key=lambda pair: (pair[0].finished_at is not None, pair[0].created_at)
     ):
         job = restored_job(record, worker, hive_id, server.registry.take_seq(), now)
-        if job is not None:
+        if job is not None and job.job_id not in server.registry:
             server.restore(job)
             restored += 1
     return restored

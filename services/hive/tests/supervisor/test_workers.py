@@ -176,7 +176,9 @@ async def test_what_a_loading_worker_has_started_is_known_as_ours_before_memory_
         command = [sys.executable, "-c", "import time; time.sleep(600)"]
         async with await anyio.open_process(command, env=env) as started:
             await made.workers._allotter.reserve("another", worker.spec, "m")
-            assert made.workers.owners().get(started.pid) == worker.id
+            owners = made.workers.owners()
             started.kill()
         await made.workers.stop(worker.id, 0)
         tasks.cancel_scope.cancel()
+
+    assert owners.get(started.pid) == worker.id

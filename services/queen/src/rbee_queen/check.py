@@ -28,10 +28,14 @@ CLOCK_WORTH_A_WORD_S = 5.0
 
 
 class HiveFacts(Struct, frozen=True, kw_only=True):
-    """One hive as the check sees it. `clock_ahead_s` includes the way of the heartbeat."""
+    """One hive as the check sees it. `clock_ahead_s` includes the way of the heartbeat.
+
+    `trouble` is why it was not heard when it was last tried.
+    """
 
     info: HiveInfo
     clock_ahead_s: float | None
+    trouble: str | None = None
 
 
 def of_store(state: StoreState | None, failure: str | None) -> Iterator[Finding]:
@@ -138,7 +142,8 @@ def _of_hive(facts: HiveFacts, version: str) -> Iterator[Finding]:
             yield Finding(
                 check=name,
                 status="failed",
-                message=f"It has been silent for {silence_s:.0f} s at {info.url} ({info.state}).",
+                message=f"It has been silent for {silence_s:.0f} s at {info.url} ({info.state})."
+                + (f" {facts.trouble}" if facts.trouble else ""),
                 remedy="See whether rbee-hive runs there, and whether this machine can reach that address.",
             )
     if info.state != "online":
@@ -207,7 +212,7 @@ class QueenCheck:
         tell(
             of_hives(
                 [
-                    HiveFacts(info=infos[hive.id], clock_ahead_s=hive.clock_ahead_s)
+                    HiveFacts(info=infos[hive.id], clock_ahead_s=hive.clock_ahead_s, trouble=hive.trouble)
                     for hive in self._fleet.hives
                 ],
                 VERSION,

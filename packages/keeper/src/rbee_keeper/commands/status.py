@@ -4,8 +4,7 @@ from contextlib import aclosing
 
 import typer
 
-from rbee_contracts.errors import InvalidRequest
-from rbee_contracts.nodes import HiveHeartbeat, HiveInfo, ServiceInfo, StatusResult
+from rbee_contracts.nodes import HiveHeartbeat, HiveInfo, StatusResult
 from rbee_contracts.operations import Status
 from rbee_keeper import render
 from rbee_keeper.command import Call, command
@@ -41,13 +40,10 @@ async def hive_status(call: Call) -> StatusResult:
     Raises:
         InvalidRequest: what answers is no hive.
     """
+    from rbee_keeper.hives import own_id
+
     async with call.connect() as client:
-        info: ServiceInfo = await client.get_json("/v1/info", ServiceInfo)
-        if info.name != "hive":
-            raise InvalidRequest(
-                f"{call.settings.url} is a {info.name}, not a hive. Speak to a queen with --queen.",
-                code="not_a_hive",
-            )
+        await own_id(client, call.settings)
         async with aclosing(client.heartbeats("follower=keeper", HiveHeartbeat)) as beats:
             beat = await anext(beats)
     hive = HiveInfo(

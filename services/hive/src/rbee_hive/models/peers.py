@@ -79,22 +79,29 @@ class PeerSource:
         self.client = client
         self._base = f"{peer.url}/v1/models/{quote(model)}"
         self._model = model
-        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._headers = {"Accept-Encoding": "identity"}
+        if token is not None:
+            self._headers["Authorization"] = f"Bearer {token}"
         self._list_s = list_s
 
     async def list(self) -> Listing:
+        body = bytearray()
         try:
-            response = await self.client.get(
-                f"{self._base}/manifest", headers=self._headers, timeout=httpx.Timeout(self._list_s)
-            )
+            async with self.client.stream(
+                "GET", f"{self._base}/manifest", headers=self._headers, timeout=httpx.Timeout(self._list_s)
+            ) as response:
+                async for data in response.aiter_raw():
+                    body += data
+                    if len(body) > MAX_MANIFEST_BYTES:
+                        raise self._broken()
         except httpx.TimeoutException as exc:
             raise unreachable(self.label, "does not answer in time") from exc
         except httpx.HTTPError as exc:
             raise unreachable(self.label, "cannot be reached") from exc
         if response.status_code != 200:
-            raise self.refusal(response)
+            raise self.refusal(response, bytes(body))
         try:
-            info = msgspec.json.decode(response.content[:MAX_MANIFEST_BYTES], type=ModelInfo)
+            info = msgspec.json.decode(body, type=ModelInfo)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             raise self._broken() from exc
         if info.model != self._model or any(
@@ -115,12 +122,12 @@ class PeerSource:
     def address(self, path: str) -> tuple[str, Mapping[str, str]]:
         return f"{self._base}/files/{quote(path)}", self._headers
 
-    def refusal(self, response: httpx.Response) -> RbeeError | Retryable:
+    def refusal(self, response: httpx.Response, body: bytes = b"") -> RbeeError | Retryable:
         status = response.status_code
         error = Unavailable(f"{self.label} fails ({status}).", code="peer_unavailable")
         if status in RETRY_STATUS:
             wait = retry_after_s(response.headers.get("Retry-After"))
-            return Retryable(f"{self.label} is not ready ({_code(response) or status})", error, wait)
+            return Retryable(f"{self.label} is not ready ({_code(body) or status})", error, wait)
         if status == 404:
             return NotFound(f"{self.label} has no {self._model} any more.", code="model_not_found")
         if status in (401, 403):
@@ -141,10 +148,8 @@ def peer_client(patience: Patience) -> httpx.AsyncClient:
     )
 
 
-def _code(response: httpx.Response) -> str | None:
-    if not response.is_closed or not hasattr(response, "_content"):
-        return None  # a stream whose body was not read
+def _code(body: bytes) -> str | None:
     try:
-        return msgspec.json.decode(response.content, type=ErrorBody).code
+        return msgspec.json.decode(body, type=ErrorBody).code
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None

@@ -284,7 +284,6 @@ class Fleet:
 
     async def _follow_heartbeats(self, hive: Hive, tasks: TaskGroup) -> NoReturn:
         waits = delays(self._uniform)
-        told = ""
         while True:
             heard, announced = False, hive.announced
             try:
@@ -296,14 +295,14 @@ class Fleet:
                         is_back = self._take(hive, beat)
                         if is_back or not heard:
                             tasks.start_soon(self._reconcile, hive)
-                        heard, waits, told = True, delays(self._uniform), ""
+                        heard, waits, hive.trouble = True, delays(self._uniform), None
             except RbeeError as exc:
                 reason = exc.details
             except TimeoutError:
                 reason = f"No heartbeat for {self._patience.unreachable_after_s:g} s."
-            if reason != told:
+            if reason != hive.trouble:
                 log.info("hive_heartbeats_lost", reason=reason)
-                told = reason
+                hive.trouble = reason
             with anyio.move_on_after(next(waits)):
                 await announced.wait()
 

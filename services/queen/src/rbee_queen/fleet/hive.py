@@ -31,6 +31,8 @@ class Hive:
         self.heartbeat: HiveHeartbeat | None = None
         self.clock_ahead_s: float | None = None
         """By how much its clock is ahead of the queen's, the way here included. It decides nothing."""
+        self.trouble: str | None = None
+        """Why it was not heard when it was last tried; None while it is."""
         self.scope = anyio.CancelScope()
         self.assigned: dict[str, int] = {}
         self.beaten = anyio.Event()
