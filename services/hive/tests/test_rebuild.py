@@ -123,7 +123,7 @@ class Listed:
 
 
 async def test_a_job_that_two_workers_know_is_made_once_of_the_one_that_runs() -> None:
-    """It was sent to another worker when the first was too stuck to tell of it, and the hive restarted twice."""
+    """It was sent to another while the first was too stuck to tell of it; the hive restarted again."""
     server = JobServer(service="hive", actor="hive/box1", handlers={})
     workers = []
     for number, fields in enumerate([{"state": "completed", "finished_at": "2026-11-22T12:00:20Z"}, {}]):

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 TOKEN_VARIABLE = "RBEE_TOKEN"
+NONCE_VARIABLE = "RBEE_WORKER_NONCE"
+"""Holds what proves that a process is one hive's worker, or was started by one."""
 
 MIN_TOKEN_CHARS = 16
 MAX_TOKEN_CHARS = 512

@@ -11,10 +11,11 @@ import psutil
 import pytest
 from rbee_inprocess import eventually
 
+from rbee_contracts.access import NONCE_VARIABLE
 from rbee_hive.supervisor.logs import tail
 from rbee_hive.supervisor.machine import Ending
 from rbee_hive.supervisor.process import NotStarted, WorkerProcess, ending_text
-from rbee_hive.supervisor.processes import NONCE_VARIABLE, LinuxSystem
+from rbee_hive.supervisor.processes import LinuxSystem
 
 STUBBORN = """
 import signal, subprocess, sys, time

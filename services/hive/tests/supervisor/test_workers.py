@@ -10,13 +10,13 @@ import anyio
 import httpx
 from rbee_inprocess import Running, eventually, running
 
+from rbee_contracts.access import NONCE_VARIABLE
 from rbee_contracts.errors import NotFound
 from rbee_contracts.nodes import Device
 from rbee_contracts.operations import WorkerSpawn
 from rbee_hive.config import HiveConfig
 from rbee_hive.devices import Reservations
 from rbee_hive.supervisor.machine import Policy
-from rbee_hive.supervisor.processes import NONCE_VARIABLE
 from rbee_hive.supervisor.workers import Workers
 
 CPU = Device(kind="cpu", index=0, name="c", memory_total=64 << 30, memory_used=0)

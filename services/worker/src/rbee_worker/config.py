@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from msgspec import Struct
 
-from rbee_contracts.access import UnusableToken, check_token
+from rbee_contracts.access import NONCE_VARIABLE, UnusableToken, check_token
 from rbee_contracts.ids import MODEL_ID_PATTERN, WORKER_ID_PATTERN
 from rbee_job_server.access import AccessConfig
 from rbee_job_server.guards import Limits
@@ -42,9 +42,6 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
 
 
 MAX_TOKEN_BYTES = 4096
-
-NONCE_VARIABLE = "RBEE_WORKER_NONCE"
-"""Set by the hive for a worker and all it starts: the proof that they are the hive's."""
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 

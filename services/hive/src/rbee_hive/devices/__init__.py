@@ -4,7 +4,7 @@ from rbee_hive.devices.allotment import SIM_WORKER_BYTES, LaunchMemory, launch_m
 from rbee_hive.devices.estimate import EstimateUnknown
 from rbee_hive.devices.machine import DeviceChoice, Devices, totals, visible, with_promises
 from rbee_hive.devices.reservations import DeviceKey, Reservations
-from rbee_hive.devices.usage import family, foreign_memory, resident_memory, worker_memory
+from rbee_hive.devices.usage import foreign_memory, resident_memory, worker_memory
 from rbee_hive.devices.weights import ModelUnreadable
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "LaunchMemory",
     "ModelUnreadable",
     "Reservations",
-    "family",
     "foreign_memory",
     "launch_memory",
     "plan",

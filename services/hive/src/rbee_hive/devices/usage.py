@@ -39,15 +39,6 @@ def resident_memory(pids: Collection[int]) -> int | None:
     return sum(sizes) if sizes else None
 
 
-def family(pid: int) -> set[int]:
-    """Give a process and all its descendants; empty when it is not there any more."""
-    try:
-        process = psutil.Process(pid)
-        return {pid, *(child.pid for child in process.children(recursive=True))}
-    except psutil.Error:
-        return set()
-
-
 def foreign_memory(device: Device, ours: Collection[int], reserved: int = 0) -> int:
     """Give what of a GPU is in use and not by `ours`, in bytes: other programs, and the driver itself.
 

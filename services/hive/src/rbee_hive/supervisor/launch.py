@@ -4,12 +4,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
-from rbee_contracts.access import TOKEN_VARIABLE
+from rbee_contracts.access import NONCE_VARIABLE, TOKEN_VARIABLE
 from rbee_contracts.errors import InvalidRequest
 from rbee_contracts.operations import WorkerSpawn
 from rbee_hive.config import HiveConfig
 from rbee_hive.devices import tensor_parallel
-from rbee_hive.supervisor.processes import NONCE_VARIABLE
 
 WORKER_HOST = "127.0.0.1"
 

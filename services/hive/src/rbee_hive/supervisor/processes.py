@@ -16,8 +16,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-NONCE_VARIABLE = "RBEE_WORKER_NONCE"
-"""In a worker's environment, and so in that of every process it starts."""
+from rbee_contracts.access import NONCE_VARIABLE
 
 _ENTRY = f"{NONCE_VARIABLE}=".encode()
 

@@ -10,6 +10,7 @@ import anyio
 import anyio.to_thread
 import structlog
 
+from rbee_contracts.access import NONCE_VARIABLE
 from rbee_contracts.errors import Conflict, NotFound, RbeeError, Unavailable, WorkerLost
 from rbee_contracts.events import SpawnedWorker
 from rbee_contracts.nodes import EngineLoad, WorkerInfo
@@ -23,7 +24,7 @@ from rbee_hive.supervisor.keeping import Keeping
 from rbee_hive.supervisor.launch import choose_devices
 from rbee_hive.supervisor.logs import LogFolder
 from rbee_hive.supervisor.machine import DrainAsked, Life, StopAsked, Tick, WaiterCame, WaiterLeft, begin, on
-from rbee_hive.supervisor.processes import NONCE_VARIABLE, boot_id
+from rbee_hive.supervisor.processes import boot_id
 from rbee_hive.supervisor.records import Records
 from rbee_hive.supervisor.root_cause import is_out_of_memory
 from rbee_hive.supervisor.shell import Shell, ask
