@@ -147,8 +147,11 @@ async def measure_times(cluster: processes.Cluster) -> tuple[list[Latency], list
 
 async def measure_finished(cluster: processes.Cluster) -> list[Memory]:
     queen = Queen(cluster)
-    await finish_jobs(queen, INFER, 500)  # what comes once is there then
+    # What comes once is there then. Few jobs only: memory that they leave behind would be used again.
+    await finish_jobs(queen, INFER, 20)
+    await submit_jobs(queen, 100)
     waiting = await memory(queen, "not read yet", LIVE, lambda count: submit_jobs(queen, count))
+    await finish_jobs(queen, INFER, 500)
     finished = await memory(
         queen, "finished, with their log", FINISHED, lambda count: finish_jobs(queen, INFER, count)
     )
