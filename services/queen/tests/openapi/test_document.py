@@ -69,6 +69,7 @@ def test_the_page_shows_every_route_and_loads_nothing(document: dict[str, Any]) 
     for path in document["paths"]:
         assert path in page
     assert "<script" not in page
+    assert "`" not in page, "what is code in Markdown is code in the page"
     assert re.findall(r'(?:src|href)="(?!#)([^"]*)"', page) == ["openapi.json"]
     for anchor in re.findall(r'href="#([^"]+)"', page):
         assert f'id="{anchor}"' in page

@@ -138,6 +138,9 @@ class NoPeers:
 
 def unreachable(label: str, reason: str) -> Retryable:
     """Say that a source does not answer."""
-    return Retryable(
-        f"{label} {reason}", Unavailable(f"{label} {reason}.", code="source_unavailable", title="Unavailable")
+    remedy = (
+        "See why with `rbee hive check`. What was fetched is kept, and the same download goes on from there; "
+        "another hub is set by --hub-endpoint or HF_ENDPOINT where the hive is started."
     )
+    told = f"{label[:1].upper()}{label[1:]} {reason}. {remedy}"
+    return Retryable(f"{label} {reason}", Unavailable(told, code="source_unavailable", title="Unavailable"))

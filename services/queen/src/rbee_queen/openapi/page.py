@@ -1,5 +1,6 @@
 """The OpenAPI document as one page of plain HTML: no script, and nothing from elsewhere. Pure."""
 
+import re
 from collections.abc import Iterator
 from html import escape
 from typing import Any
@@ -25,7 +26,7 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
     title = f"{escape(info['title'])} {escape(info['version'])}"
     yield '<!doctype html><html lang="en"><head><meta charset="utf-8">'
     yield f"<title>{title}</title><style>{_STYLE}</style></head><body>"
-    yield f"<h1>{title}</h1><p>{escape(info['description'])}</p>"
+    yield f"<h1>{title}</h1><p>{_text(info['description'])}</p>"
     yield '<p>The same for programs: <a href="openapi.json">openapi.json</a>.</p>'
     by_tag: dict[str, list[tuple[str, str, dict[str, Any]]]] = {}
     for path, methods in document["paths"].items():
@@ -44,23 +45,23 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
 def _operation(path: str, method: str, operation: dict[str, Any]) -> Iterator[str]:
     yield f'<section id="{escape(operation["operationId"])}">'
     yield f'<h3><span class="method">{method}</span> <span class="path">{escape(path)}</span></h3>'
-    yield f"<p>{escape(operation['summary'])}. {escape(operation.get('description', ''))}</p>"
+    yield f"<p>{_text(operation['summary'])}. {_text(operation.get('description', ''))}</p>"
     yield "<table>"
     for parameter in operation.get("parameters", ()):
         where = f"{escape(parameter['name'])} <small>in {parameter['in']}</small>"
-        yield f"<tr><td><code>{where}</code></td><td>{escape(parameter['description'])}</td></tr>"
+        yield f"<tr><td><code>{where}</code></td><td>{_text(parameter['description'])}</td></tr>"
     for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
         yield f"<tr><td>body, {escape(media_type)}</td><td>{_kind(content.get('schema'))}</td></tr>"
     for status, reply in operation["responses"].items():
         kinds = ", ".join(_kind(content.get("schema")) for content in reply.get("content", {}).values())
-        told = f"{escape(reply['description'])} {kinds}"
+        told = f"{_text(reply['description'])} {kinds}"
         yield f"<tr><td>{status}</td><td>{told}</td></tr>"
     yield "</table></section>"
 
 
 def _shape(name: str, schema: dict[str, Any]) -> Iterator[str]:
     yield f'<section id="{escape(name)}"><h3>{escape(name)}</h3>'
-    yield f"<p>{escape(schema.get('description', ''))}</p><table>"
+    yield f"<p>{_text(schema.get('description', ''))}</p><table>"
     required = schema.get("required", ())
     for field, kind in schema.get("properties", {}).items():
         needed = "" if field in required else " <small>may be missing</small>"
@@ -84,3 +85,8 @@ def _kind(schema: dict[str, Any] | None) -> str:
     if schema.get("type") == "array":
         return f"list of {_kind(schema.get('items')) or 'any'}"
     return escape(str(schema.get("type", "any")))
+
+
+def _text(text: str) -> str:
+    """What stands in backticks is code, as in Markdown."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
