@@ -253,7 +253,7 @@ def test_kill_of_the_engine_core_ends_the_stream_and_leaves_no_process(cluster: 
     assert [event["action"] for event in rest if event["action"] != "token"] == ["error", "execute_error"]
     error = rest[-2]
     assert error["code"] == "engine_died"
-    assert took < 10, "the engine's death was noticed late: it is polled five times a second"
+    assert took < 2.0, "the engine's death was noticed late: it is polled five times a second"
     until(lambda: not any(_is_alive(process) for process in family), "no process of the worker is left", 10)
     lost = cluster.run({"operation": "worker_get", "worker_id": spawned["worker_id"]})
     assert lost["exit_code"] != 0

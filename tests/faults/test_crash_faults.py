@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from rbee_processes import MARKER, Service, marked_processes, read_log, until
+from rbee_processes import MARKER, Service, marked_processes, quickest, read_log, until
 
 # The service itself, but for one of its loops, which raises once a file is there.
 _CRASHING = """
@@ -40,8 +40,7 @@ sys.argv = [program, *argv]
 importlib.import_module(program + ".__main__").main()
 """
 
-EXIT_WITHIN_S = 4.0
-"""A service promises 1 s; a machine that also runs other tests gets some more."""
+EXIT_WITHIN_S = 1.0
 
 HIVE = ["--port", "0", "--hive-id", "box1", "--queen-url", "none", "--worker-engine", "sim"]
 WORKER = ["--port", "0", "--model", "m", "--engine", "sim"]
@@ -62,6 +61,7 @@ class Crashing:
     """A service one of whose loops crashes on `crash`."""
 
     def __init__(self, folder: Path, program: str, module: str, loop: str, args: list[str]) -> None:
+        self.made_of = (program, module, loop, args)
         self.flag = folder / "crash"
         self.log = folder / "service.log"
         self.marker = f"{folder}-{time.monotonic_ns()}"
@@ -89,6 +89,16 @@ class Crashing:
         begun = time.monotonic()
         self.process.wait(20)
         return time.monotonic() - begun
+
+    def crash_another(self) -> float:
+        """Have another one crash, of the same kind."""
+        folder = self.log.parent / f"another-{time.monotonic_ns()}"
+        folder.mkdir()
+        another = Crashing(folder, *self.made_of)
+        try:
+            return another.crash()
+        finally:
+            another.close()
 
     def close(self) -> None:
         for process in marked_processes(self.marker):
@@ -123,7 +133,7 @@ def test_a_crashed_loop_ends_the_service_within_a_second(crashing: Crashing) -> 
     follower.join(10)
 
     assert crashing.process.returncode == 1
-    assert took_s < EXIT_WITHIN_S
+    assert quickest(took_s, EXIT_WITHIN_S, crashing.crash_another) < EXIT_WITHIN_S
     assert "THE-CAUSE" in json.dumps(crashing.logged("loop_crashed"))
     assert not follower.is_alive()
 
@@ -139,7 +149,8 @@ def test_a_hive_whose_loop_crashes_leaves_its_workers_to_the_next(crashing: Cras
     assert len(workers) == 1
     took_s = crashing.crash()
 
-    assert (crashing.process.returncode, took_s < EXIT_WITHIN_S) == (1, True)
+    assert crashing.process.returncode == 1
+    assert quickest(took_s, EXIT_WITHIN_S, crashing.crash_another) < EXIT_WITHIN_S
     args = [*HIVE, "--state-dir", str(crashing.log.parent)]
     hive = Service("rbee-hive", args, crashing.log.with_name("next.log"), crashing.marker)
     try:

@@ -66,8 +66,18 @@ def refusal(answer: bytes) -> tuple[int, str]:
 async def drip(port: int, first: bytes, drop: bytes, every_s: float = 0.05) -> tuple[bytes, float]:
     """Send `first` and then `drop` again and again; give the answer, and when the connection was closed.
 
-    One that would not be closed while anything comes fails by `PATIENCE_S`.
+    The quickest of up to three, as a busy machine delays some and a missing deadline all. One that would not
+    be closed while anything comes fails by `PATIENCE_S`.
     """
+    answer, closed_after_s = await drip_once(port, first, drop, every_s)
+    for _ in range(2):
+        if closed_after_s >= DEADLINE_S + 1:
+            _, again_s = await drip_once(port, first, drop, every_s)
+            closed_after_s = min(closed_after_s, again_s)
+    return answer, closed_after_s
+
+
+async def drip_once(port: int, first: bytes, drop: bytes, every_s: float) -> tuple[bytes, float]:
     begun = time.monotonic()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
 
@@ -192,7 +202,7 @@ async def test_a_body_that_says_it_is_too_large_is_413_at_once(service: Running)
     writer.close()
 
     assert refusal(answer) == (413, "body_too_large")
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 2
 
 
 @pytest.mark.parametrize("path", ["/v1/jobs", "/v1/info", "/nope"])
@@ -279,22 +289,24 @@ async def test_a_request_that_is_not_there_in_time_ends_its_connection(
 
     final = answer.rpartition(b"HTTP/1.1 100 Continue\r\n\r\n")[2]
     assert refusal(final) == (408, "request_timeout")
-    assert closed_after_s > DEADLINE_S * 0.9
+    assert DEADLINE_S * 0.9 < closed_after_s < DEADLINE_S + 1
     assert served > 0
 
 
 async def test_the_second_request_of_a_connection_has_a_deadline_too(strict: Running) -> None:
     request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    answer, _ = await drip(strict.port, request + b"GET /hea", b"l")
+    answer, closed_after_s = await drip(strict.port, request + b"GET /hea", b"l")
 
     assert answer.count(b"HTTP/1.1 200") == 1
     assert b"408" in answer
+    assert closed_after_s < DEADLINE_S + 1
 
 
 async def test_what_still_comes_after_413_has_the_same_deadline(strict: Running) -> None:
-    answer, _ = await drip(strict.port, HEAD + b"Content-Length: 2000000\r\n\r\n", b" " * 100)
+    answer, closed_after_s = await drip(strict.port, HEAD + b"Content-Length: 2000000\r\n\r\n", b" " * 100)
 
     assert refusal(answer) == (413, "body_too_large")
+    assert closed_after_s < DEADLINE_S + 1
 
 
 async def test_an_answer_may_take_longer_than_the_request(strict: Running) -> None:

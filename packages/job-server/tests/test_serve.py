@@ -16,14 +16,13 @@ from typing import Any
 import httpx
 import pytest
 from rbee_inprocess import PATIENCE_S, Frame, actions, frames_of
+from rbee_processes import quickest
 
 from rbee_job_server.serve import COLLECT_AFTER, _spare_collector
 
 SCRIPT = Path(__file__).parent / "small_service.py"
 
-
-EXIT_WITHIN_S = 4.0
-"""A service promises 1 s; a machine that also runs other tests gets some more."""
+EXIT_WITHIN_S = 1.0
 
 
 class Process:
@@ -106,7 +105,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     started: list[Process] = []
 
     def start(**options: Any) -> Process:
-        started.append(Process(tmp_path / "service.log", **options))
+        started.append(Process(tmp_path / f"service-{len(started)}.log", **options))
         return started[-1]
 
     yield start
@@ -160,11 +159,14 @@ def test_what_does_not_end_in_time_is_ended(start: Callable[..., Process], signu
 def test_an_idle_service_stops_at_once(start: Callable[..., Process]) -> None:
     process = start(drain_timeout_s=60)
     process.http.get("/health")
-    begun = time.monotonic()
-    process.popen.send_signal(signal.SIGTERM)
 
-    assert process.wait() == 0
-    assert time.monotonic() - begun < 20, "it waited as if something had to be drained"
+    def stop(process: Process) -> float:
+        begun = time.monotonic()
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+        return time.monotonic() - begun
+
+    assert quickest(stop(process), 1.5, lambda: stop(start(drain_timeout_s=60))) < 1.5
 
 
 def test_a_second_signal_cuts_the_draining(start: Callable[..., Process]) -> None:
@@ -187,7 +189,17 @@ def test_a_loop_that_crashes_ends_the_service_within_a_second(start: Callable[..
     begun = time.monotonic()
 
     assert process.wait() == 1
-    assert time.monotonic() - begun < EXIT_WITHIN_S
+    took_s = time.monotonic() - begun
+
+    def again() -> float:
+        another = start(drain_timeout_s=600)
+        another.submit("hive_list", Prefer="respond-async")
+        another.until(lambda: another.logged("loop_crashed"), "the loop crashed")
+        begun = time.monotonic()
+        another.wait()
+        return time.monotonic() - begun
+
+    assert quickest(took_s, EXIT_WITHIN_S, again) < EXIT_WITHIN_S
     assert actions(stream.frames())[-2:] == ["execute_error", "[DONE]"]
     assert "THE-CAUSE" in json.dumps(crashed)
     assert "background" in crashed["loop"]

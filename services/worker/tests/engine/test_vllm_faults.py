@@ -15,6 +15,7 @@ import pytest
 from rbee_contracts.errors import InvalidRequest
 from rbee_contracts.events import InferResult
 from rbee_contracts.operations import Infer
+from rbee_worker.engine import vllm
 from rbee_worker.engine.base import Delta, EngineDied, EngineStartFailed
 from rbee_worker.engine.processes import OwnedProcesses
 from rbee_worker.engine.vllm import VllmEngine
@@ -78,9 +79,10 @@ async def test_tells_of_its_death_and_ends_open_generators(model: str, processes
 
     cause, told = deaths[0]
     assert cause == f"engine process EngineCore (pid {pid}) has ended"
-    # Looked for five times a second; a busy machine may take longer over it.
-    assert told - killed < 10
-    assert errors[0] - killed < 10
+    # Promised within 0.25 s; this machine may be busy, so how often it is looked for stands for that.
+    assert vllm._DEATH_POLL_S < 0.25
+    assert told - killed < 2
+    assert errors[0] - killed < 2
     with pytest.raises(EngineDied):
         await read_on(stream)
     with pytest.raises(EngineDied):
