@@ -201,6 +201,7 @@ def _no_worker(request: Request, candidates: list[Candidate], hives: list[HiveIn
         models = sorted({model.model for hive in hives for model in hive.models})
         text += (
             f" It lies on no hive; models that do: {', '.join(models) or 'none'}. "
-            f"Put it into the models folder of {hive_id} first."
+            f"Put it into the models folder of {hive_id}, or fetch it: "
+            f"rbee model download {request.model} --hive-id {hive_id}."
         )
     return f"{text} To start one: rbee worker spawn --model {request.model} --hive-id {hive_id}"
