@@ -246,6 +246,8 @@ def test_openai_completions_embeddings_responses_and_models(client: openai.OpenA
         client.responses.create(model=TEXT, input="A job is", max_output_tokens=5, temperature=0, stream=True)
     )
     listed = {model.id: model for model in client.models.list()}
+    # Right after an answer the hive's last heartbeat may still tell the worker as busy with it.
+    until(lambda: client.models.retrieve("gpt-4o").model_dump()["state"] == "ready", "it is ready again")
     one = client.models.retrieve("gpt-4o")
 
     assert "".join(chunk.choices[0].text for chunk in pieces) == completion.choices[0].text
@@ -256,7 +258,7 @@ def test_openai_completions_embeddings_responses_and_models(client: openai.OpenA
     assert response.output_text
     assert set(listed) == {TEXT, EMBED, "gpt-4o", "loud"}
     told = one.model_dump()
-    assert (told["root"], told["max_model_len"], told["state"]) == (TEXT, 2048, "ready")
+    assert (told["root"], told["max_model_len"]) == (TEXT, 2048)
 
 
 def test_an_alias_is_answered_as_its_model(client: openai.OpenAI) -> None:
