@@ -150,7 +150,7 @@ class Queen:
     """One life of a queen on a store: restores, runs, and is killed."""
 
     def __init__(self, store: MemoryStore, hive: LocalHive) -> None:
-        self.journal = StoreJournal(store, keep_s=1e6, keep_jobs=1000)
+        self.journal = StoreJournal(store, keep_s=1e6, keep_jobs=1000, linger_s=0)
         self.relay = Relay(service="hive", peer="h1", client=hive)
         self.server = JobServer(
             service="queen",

@@ -82,8 +82,11 @@ class Journal(Protocol):
 
     def ended(self, job: "Job", position: Position, body: bytes) -> None: ...
 
-    def then(self, callback: Callable[[], None]) -> None:
-        """Call back, on the loop, once everything recorded so far is durable. Callbacks keep their order."""
+    def then(self, callback: Callable[[], None], *, urgent: bool = True) -> None:
+        """Call back, on the loop, once everything recorded so far is durable. Callbacks keep their order.
+
+        What is not `urgent` may wait some milliseconds for more to become durable with it.
+        """
 
     async def flushed(self) -> None:
         """Wait until everything recorded so far is durable."""

@@ -17,7 +17,7 @@ class Staging:
 
     Narration, the first output and the end are released once they are durable; other output at once,
     unless something before it is still held. A reader therefore never has anything that a restart
-    would not know, and a token costs nothing.
+    would not know, and a token costs nothing. Narration alone is in no hurry.
 
     Args:
         release: makes an event visible.
@@ -68,7 +68,7 @@ class Staging:
             self._held = deque()
         self._held.append((event, body, is_gate))
         if is_gate:
-            self._journal.then(self._gate_opens)
+            self._journal.then(self._gate_opens, urgent=event.kind != "narration")
 
     def pass_output(self) -> bool:
         """Count an output that is released at once; False where it must come through `add`."""

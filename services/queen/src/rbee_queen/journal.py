@@ -1,5 +1,6 @@
-"""The journal on the store: records of one turn of the loop are one commit, made off the loop."""
+"""The journal on the store: what is recorded close together is one commit, made off the loop."""
 
+import asyncio
 import datetime
 from collections.abc import Callable
 from functools import partial
@@ -37,6 +38,10 @@ T = TypeVar("T")
 FORGET_EVERY_S = 60.0
 FIRST_FORGET_S = 30.0
 
+LINGER_S = 0.005
+"""How long a record may wait for others to be committed with it, while nothing urgent waits for it: what is
+told about a job (placed, taken by a worker, answered) comes in pieces that are this close together."""
+
 
 class StoreJournal:
     """Writes to the store in the order of the calls. `run` must be running.
@@ -44,15 +49,18 @@ class StoreJournal:
     Args:
         keep_s: seconds after their end for which jobs stay in the history.
         keep_jobs: how many ended jobs stay in it at most.
+        linger_s: how many seconds a record waits for others, while nothing urgent waits for it.
     """
 
-    def __init__(self, store: JobStore, *, keep_s: float, keep_jobs: int) -> None:
+    def __init__(self, store: JobStore, *, keep_s: float, keep_jobs: int, linger_s: float = LINGER_S) -> None:
         self._store = store
         self._keep_s = keep_s
         self._keep_jobs = keep_jobs
+        self._linger_s = linger_s
         self._records: list[Record] = []
         self._callbacks: list[Callable[[], None]] = []
         self._wake = anyio.Event()
+        self._linger: asyncio.TimerHandle | None = None
         self._in_use = anyio.Lock()
         self._is_writing = False
 
@@ -65,6 +73,7 @@ class StoreJournal:
         while True:
             await self._wake.wait()
             self._wake = anyio.Event()
+            self._end_linger()
             records, self._records = self._records, []
             callbacks, self._callbacks = self._callbacks, []
             self._is_writing = True
@@ -148,12 +157,15 @@ class StoreJournal:
             )
         )
 
-    def then(self, callback: Callable[[], None]) -> None:
+    def then(self, callback: Callable[[], None], *, urgent: bool = True) -> None:
         if not self._records and not self._is_writing:
             callback()
             return
         self._callbacks.append(callback)
-        self._wake.set()
+        if urgent:
+            self._wake.set()
+        else:
+            self._wake_soon()
 
     async def flushed(self) -> None:
         done = anyio.Event()
@@ -184,7 +196,20 @@ class StoreJournal:
 
     def _record(self, record: Record) -> None:
         self._records.append(record)
+        self._wake_soon()
+
+    def _wake_soon(self) -> None:
+        if self._linger is None:
+            self._linger = asyncio.get_running_loop().call_later(self._linger_s, self._lingered)
+
+    def _lingered(self) -> None:
+        self._linger = None
         self._wake.set()
+
+    def _end_linger(self) -> None:
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
 
     async def _use(self, function: Callable[..., T], *args: object) -> T:
         """Use the store off the loop, one use at a time. A write that has begun is never left half-known."""
