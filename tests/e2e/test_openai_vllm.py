@@ -5,8 +5,10 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from array import array
 from collections.abc import Iterator
 from functools import partial
@@ -31,7 +33,7 @@ from openai_table import (
     collapsed,
     comparable,
 )
-from rbee_processes import MODELS, REPOSITORY, Cluster, Service, until
+from rbee_processes import MODELS, REPOSITORY, Cluster, Service, quickest, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -48,6 +50,9 @@ QUIET = os.environ | {"LANGSMITH_TRACING": "false", "LITELLM_LOCAL_MODEL_COST_MA
 """The environment of clients that would speak to others than us."""
 
 GREEDY: Any = {"temperature": 0}
+
+FREED_S = 1.0
+"""What is promised; what a hive tells of its engine is up to half a second old."""
 
 
 class Served(NamedTuple):
@@ -331,6 +336,26 @@ def test_a_clients_timeout_frees_the_engine(client: openai.OpenAI, served: Serve
     newest = httpx.get(f"{served.url}/v1/jobs?operation=openai&limit=1").json()["jobs"][0]["job_id"]
     until(lambda: job_of(served, newest)["state"] == "cancelled", "the job is cancelled", 20)
     served.until_idle()
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+def test_the_engine_is_free_a_second_after_its_client_has_left(
+    client: openai.OpenAI, served: Served, stream: bool
+) -> None:
+    asked: dict[str, Any] = {"model": TEXT, "messages": SAY, "max_tokens": 1900, "n": 8, "stream": stream}
+    body = json.dumps(asked | {"ignore_eos": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    request = f"{head}Content-Type: application/json\r\n\r\n".encode() + body
+
+    def leave() -> float:
+        with socket.create_connection(("127.0.0.1", httpx.URL(served.url).port or 0)) as caller:
+            caller.sendall(request)
+            until(lambda: served.running() > 0, "the engine is at work", 30)
+        left = time.monotonic()
+        served.until_idle()
+        return time.monotonic() - left
+
+    assert quickest(leave(), FREED_S, leave) < FREED_S
 
 
 def test_delete_ends_a_stream_with_an_error_the_client_raises(client: openai.OpenAI, served: Served) -> None:
