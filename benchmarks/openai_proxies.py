@@ -27,7 +27,7 @@ ROUNDS = 3
 SHAPES = (
     Shape(streams=1, rate=50, tokens=100, probes=20),
     Shape(streams=64, rate=10, tokens=40),
-    Shape(streams=512, rate=2, tokens=20, stagger_ms=4.0),
+    Shape(streams=512, rate=2, tokens=50, stagger_ms=4.0),
     Shape(streams=200, rate=50, tokens=2, stagger_ms=20.0),
 )
 """The rates are those that the slowest of the proxies can follow on two cores; the last counts requests."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from statistics import median
+from typing import TypeAlias
 
 from msgspec import Struct
 
@@ -19,6 +20,8 @@ TIMES_PER_REQUEST = 10.0
 """How much less than litellm the front door should take."""
 
 THROUGHPUT_SHARE = 0.9
+
+Figure: TypeAlias = Callable[[Cell], float | None]
 
 
 class Run(Struct, frozen=True, kw_only=True):
@@ -73,23 +76,40 @@ def proxies_markdown(results: RelayResults) -> str:
 
 def _targets(results: RelayResults) -> str:
     rows: list[tuple[str, str, str, str]] = []
-    ways = results.ways()
     for shape in results.shapes():
-        figures = _figures(shape)
-        for what, figure, times in figures:
-            if LITELLM in ways:
-                value = results.compared(shape, CASCADE, LITELLM, lambda a, b, f=figure: f(b) / f(a))  # type: ignore[misc]
-                rows.append(_row(f"litellm's {what}, of rbee's, {shape.name}", times, value, at_least=True))
-            if ROUTER in ways:
-                value = results.compared(shape, CASCADE, ROUTER, lambda a, b, f=figure: f(a) / f(b))  # type: ignore[misc]
+        for what, figure, times in _figures(shape):
+            value = _ratio(results, shape, LITELLM, figure)
+            if value is not None:
+                rows.append(
+                    _row(f"litellm's {what}, of rbee's, {shape.name}", times, 1 / value, at_least=True)
+                )
+            value = _ratio(results, shape, ROUTER, figure)
+            if value is not None and figure is _cpu_per_token:
                 rows.append(_row(f"rbee's {what}, of {ROUTER}'s, {shape.name}", 1.0, value, at_least=False))
     return table(("target", "bound", "measured", "met"), rows)
 
 
-def _figures(shape: Shape) -> Sequence[tuple[str, Callable[[Cell], float], float]]:
+def _figures(shape: Shape) -> Sequence[tuple[str, Figure, float]]:
+    """Give what is compared; the shortest requests are compared whole, as they have no steady tokens."""
     if shape.tokens <= 2:
-        return [("CPU per request", _cpu_per_request, TIMES_PER_REQUEST)]
-    return [("CPU per token", _cpu_per_token, TIMES_PER_TOKEN)]
+        return [("CPU per request", _cpu_of_requests, TIMES_PER_REQUEST)]
+    return [
+        ("CPU per token", _cpu_per_token, TIMES_PER_TOKEN),
+        ("CPU per request beside its tokens", _cpu_per_request, TIMES_PER_REQUEST),
+    ]
+
+
+def _ratio(results: RelayResults, shape: Shape, peer: str, figure: Figure) -> float | None:
+    """Give rbee's figure as a share of a peer's; None where either cannot be told."""
+    if peer not in results.ways():
+        return None
+    ratios = []
+    for ours, its in zip(results.of(shape, CASCADE), results.of(shape, peer), strict=True):
+        a, b = figure(ours), figure(its)
+        if a is None or not b:
+            return None
+        ratios.append(a / b)
+    return median(ratios)
 
 
 def _own(cell: Cell) -> list[str]:
@@ -97,17 +117,22 @@ def _own(cell: Cell) -> list[str]:
     return [name for name in cell.result.services if name != "worker"]
 
 
-def _cpu_per_token(cell: Cell) -> float:
-    return max(1e-9, sum(cell.steady_cpu_us(name) for name in _own(cell)))
+def _cpu_per_token(cell: Cell) -> float | None:
+    """CPU time per token while all streams run; None where they never did together."""
+    return sum(cell.steady_cpu_us(name) for name in _own(cell)) if cell.has_steady else None
 
 
-def _cpu_per_request(cell: Cell) -> float:
-    return max(1e-9, sum(cell.result.services[name].cpu_s for name in _own(cell)) / cell.shape.streams)
+def _cpu_per_request(cell: Cell) -> float | None:
+    """CPU time of a request's beginning and end."""
+    return sum(cell.request_ms(name) for name in _own(cell)) if cell.has_steady else None
 
 
-def _row(what: str, bound: float, value: float | None, *, at_least: bool) -> tuple[str, str, str, str]:
-    if value is None:
-        return what, "", "", ""
+def _cpu_of_requests(cell: Cell) -> float:
+    """CPU time of a whole request, its few tokens included."""
+    return sum(cell.result.services[name].cpu_s for name in _own(cell)) / cell.shape.streams
+
+
+def _row(what: str, bound: float, value: float, *, at_least: bool) -> tuple[str, str, str, str]:
     is_met = value >= bound if at_least else value <= bound
     sign = "≥" if at_least else "≤"
     return what, f"{sign} {bound:g} x", f"{value:.2f} x", "yes" if is_met else "**no**"
