@@ -1,6 +1,6 @@
 """What is recorded close together is one commit, and what is urgent waits for nothing."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
@@ -25,7 +25,7 @@ class CountingStore(MemoryStore):
         super().__init__()
         self.commits: list[list[str]] = []
 
-    def write(self, records: list[Record]) -> None:  # type: ignore[override]
+    def write(self, records: Sequence[Record]) -> None:
         super().write(records)
         if records:
             self.commits.append([type(record).__name__ for record in records])
