@@ -223,8 +223,12 @@ async def test_what_comes_to_a_reader_that_waits_is_written_at_once_and_in_one_p
 
 
 @pytest.mark.anyio
-async def test_a_full_connection_is_waited_for_and_its_reader_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "PING_S", 0.02)
+@pytest.mark.parametrize("ping_s", [0.02, 0.2], ids=["in time", "held up"])
+async def test_a_full_connection_is_waited_for_and_its_reader_stalls(
+    monkeypatch: pytest.MonkeyPatch, ping_s: float
+) -> None:
+    """Held up: when the write is looked at, it has taken longer than a reader may."""
+    monkeypatch.setattr(streams, "PING_S", ping_s)
     monkeypatch.setattr(streams, "READER_STALL_S", 0.05)
     log, connection, aborted = EventLog(), Direct(), anyio.Event()
     monkeypatch.setattr(connection, "abort", aborted.set)

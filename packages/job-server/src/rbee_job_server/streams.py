@@ -206,7 +206,7 @@ class EventStreamResponse:
             await anyio.sleep(PING_S)
             while not is_stalled and (since := self._writing_since) is not None:
                 # The write may be the last one, which no ping may follow.
-                await anyio.sleep(since + READER_STALL_S - clock())
+                await anyio.sleep(max(0.0, since + READER_STALL_S - clock()))
                 is_stalled = self._writing_since == since
             if self._pings and not (is_stalled or self._wrote):
                 with anyio.move_on_after(READER_STALL_S) as limit:
