@@ -77,6 +77,7 @@ EXAMPLES: list[Operation] = [
     ops.WorkerStop(worker_id="w", grace_s=0.0),
     ops.WorkerDrain(worker_id="w", draining=False),
     ops.WorkerLog(worker_id="w", lines=0, follow=True),
+    ops.LogSearch(correlation_id="corr-1", since_s=60.0, level="warning"),
     ops.WorkerProcessList(),
     ops.WorkerProcessGet(pid=4_000_000),
     ops.WorkerProcessDelete(pid=2),
@@ -107,7 +108,7 @@ def test_there_is_an_example_of_every_operation() -> None:
 def test_the_operations_are_those_of_the_reference() -> None:
     assert set(OPERATIONS) == {
         *("status", "infer", "openai", "hive_list", "hive_get", "schedule_explain", "queen_check"),
-        *("worker_spawn", "worker_list", "worker_get", "worker_stop", "worker_process_list"),
+        *("worker_spawn", "worker_list", "worker_get", "worker_stop", "worker_process_list", "log_search"),
         *("worker_process_get", "worker_process_delete", "model_download", "model_get", "model_delete"),
         *("model_load", "model_unload", "model_list", "device_list", "hive_check"),
         *("worker_drain", "worker_log", "hive_drain"),

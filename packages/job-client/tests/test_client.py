@@ -1,16 +1,21 @@
 """The client against real job servers, connections that break, and servers that misbehave."""
 
 import asyncio
+import gzip
 import itertools
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+import os
+import re
+import socket
+import struct
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import anyio
-import httpx
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rbee_inprocess import ManualClock, Running, TcpRelay, eventually, running, scripted, tcp_relay
 
@@ -28,10 +33,13 @@ from rbee_contracts.events import (
     encode_event,
 )
 from rbee_contracts.ids import new_job_id
+from rbee_contracts.jobs import DONE, JobAccepted
 from rbee_contracts.nodes import ServiceInfo
 from rbee_contracts.operations import HiveList, Infer, ModelList, ModelLoad, Status
 from rbee_contracts.sse import START, Position
-from rbee_job_client import JobClient, ProtocolError, Rejected, StreamCut, Timeouts, Unreachable
+from rbee_job_client import JobClient, ProtocolError, Rejected, StreamCut, Timeouts, Unreachable, frames
+from rbee_job_client import client as client_module
+from rbee_job_client.frames import Frame, StreamParser, decode_any_event
 from rbee_job_server import Handlers, JobContext
 from rbee_job_server.registry import LOG_RETENTION_S
 
@@ -276,6 +284,152 @@ async def test_nobody_there_is_unreachable() -> None:
     assert caught.value.retryable
 
 
+Conversation = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
+
+
+@asynccontextmanager
+async def serving(speak: Conversation) -> AsyncIterator[str]:
+    """Serve each connection with `speak`, until it is lost; give the URL."""
+    speaking: set[asyncio.StreamWriter] = set()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        speaking.add(writer)
+        try:
+            await speak(reader, writer)
+        except OSError:
+            pass
+        finally:
+            speaking.discard(writer)
+            writer.close()
+
+    async with await asyncio.start_server(accept, "127.0.0.1", 0) as listener:
+        yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        await eventually(lambda: not speaking, "the connections are closed")
+
+
+@pytest.mark.parametrize(
+    ("chunks", "reason"),
+    [
+        ([b""], "nothing answers there"),
+        ([b"nonsense\r\n\r\n"], "the connection was lost"),
+        ([b"HTTP/1.1 200 OK\r\nContent-Le"], "(nothing answers there|the connection was lost)"),
+        ([b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{"], "the connection was lost"),
+        (
+            [b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc"],
+            "the connection was lost",
+        ),
+        (None, "it did not answer in time"),
+    ],
+    ids=["closed", "no-http", "cut-head", "cut-body", "no-gzip", "silent"],
+)
+async def test_a_lost_answer_is_unreachable_and_says_how(chunks: list[bytes] | None, reason: str) -> None:
+    async with scripted(chunks) as (url, _), JobClient(url, timeouts=QUICK) as client:
+        with pytest.raises(Unreachable) as caught:
+            await client.submit(Status())
+    assert re.fullmatch(rf"No answer from {url} \({reason}\)\. Is it running there\?", caught.value.details)
+
+
+async def test_a_connection_that_is_reset_is_unreachable() -> None:
+    async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
+        writer.transport.abort()
+
+    async with serving(reset) as url, JobClient(url, timeouts=QUICK) as client:
+        with pytest.raises(Unreachable, match="nothing answers there"):
+            await client.submit(Status())
+        with pytest.raises(StreamCut, match="nothing answers there"):
+            await read_all(client, JOB_ID)
+
+
+async def test_tls_that_cannot_be_agreed_on_is_unreachable() -> None:
+    async with scripted([b"nonsense\r\n\r\n"]) as (url, _):
+        secure = url.replace("http:", "https:")
+        async with JobClient(secure, timeouts=Timeouts(connect=0.5)) as client:
+            with pytest.raises(Unreachable, match="nothing answers there"):
+                await client.submit(Status())
+
+
+@pytest.mark.parametrize("url", ["localhost:7833", "ftp://localhost:1", "http://h:99999", "http://[::1", ""])
+async def test_an_address_that_is_none_is_unreachable(url: str) -> None:
+    async with JobClient(url, timeouts=QUICK) as client:
+        with pytest.raises(Unreachable, match="no URL of a service"):
+            await client.submit(Status())
+        with pytest.raises(StreamCut, match="no URL of a service"):
+            await read_all(client, JOB_ID)
+
+
+async def test_an_answer_that_drips_times_out_as_a_whole() -> None:
+    """It was waited for as long as something came."""
+
+    async def drip(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            writer.write(b" ")
+            await writer.drain()
+            await asyncio.sleep(0.05)
+
+    async with serving(drip) as url, JobClient(url, timeouts=Timeouts(request=0.5)) as client:
+        with anyio.fail_after(20), pytest.raises(Unreachable, match="in time"):
+            await client.get(JOB_ID)
+
+
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+async def test_a_body_that_is_never_read_times_out() -> None:
+    """It was waited for without end."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        async with JobClient(url, timeouts=Timeouts(request=0.5)) as client:
+            with anyio.fail_after(20), pytest.raises(Unreachable, match="in time"):
+                await client.post_json("/v1/large", "x" * 30_000_000)
+
+
+async def test_proxies_of_the_environment_are_not_used(
+    service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    async with JobClient(service.url, timeouts=QUICK) as client:
+        assert (await client.get_json("/v1/info", ServiceInfo)).name == "worker"
+
+
+async def test_what_a_request_carries() -> None:
+    with_cookie = [b"HTTP/1.1 404 X\r\nSet-Cookie: a=b\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"]
+    async with scripted(with_cookie) as (url, heads), JobClient(f"{url}/under/", token="t") as client:
+        with pytest.raises(Rejected):
+            await client.submit(Status(), correlation_id="c", respond_async=True, idempotency_key="k")
+        with pytest.raises(Rejected):
+            await read_all(client, JOB_ID, Position(3, 4))
+        assert not await client.cancel(JOB_ID, correlation_id="d")
+    submit, read, cancel = (head.decode().split("\r\n") for head in heads)
+
+    assert submit[0] == "POST /under/v1/jobs HTTP/1.1"
+    assert {
+        "Authorization: Bearer t",
+        "Content-Type: application/json",
+        "X-Correlation-ID: c",
+        "Prefer: respond-async",
+        "Idempotency-Key: k",
+    } < set(submit)
+    assert read[0] == f"GET /under/v1/jobs/{JOB_ID}/stream HTTP/1.1"
+    assert {"Authorization: Bearer t", "Accept: text/event-stream", "Last-Event-ID: 3-4"} < set(read)
+    assert cancel[0] == f"DELETE /under/v1/jobs/{JOB_ID} HTTP/1.1"
+    assert {"Authorization: Bearer t", "X-Correlation-ID: d"} < set(cancel)
+    assert not any(line.startswith("Cookie:") for line in (*submit, *read, *cancel))
+
+
+async def test_a_client_that_is_closed_asks_nothing_more(service: Running) -> None:
+    unused, used = JobClient(service.url), JobClient(service.url)
+    await used.get_json("/v1/info", ServiceInfo)
+    for client in (unused, used):
+        await client.aclose()
+        with pytest.raises(RuntimeError, match="closed"):
+            await client.get_json("/v1/info", ServiceInfo)
+        await client.aclose()
+
+
 async def test_a_submit_that_is_never_answered_times_out() -> None:
     timeouts = Timeouts(connect=1, request=0.1, read=1, resume=1)
     async with scripted(None) as (url, _), JobClient(url, timeouts=timeouts) as client:
@@ -428,7 +582,7 @@ async def test_narration_of_a_newer_version_is_no_protocol_error() -> None:
 
 
 async def test_pings_are_no_events() -> None:
-    """F22: httpx-sse gives an empty event for each comment after an `id:`."""
+    """F22: some readers give an empty event for each comment after an `id:`."""
     ping = b": ping\n\n"
     chunks = [
         SSE_HEAD,
@@ -448,22 +602,11 @@ async def test_pings_are_no_events() -> None:
 # --- bytes ---------------------------------------------------------------------------------------------
 
 
-class _Chunks(httpx.AsyncByteStream):
-    def __init__(self, chunks: list[bytes]) -> None:
-        self._chunks = chunks
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for chunk in self._chunks:
-            yield chunk
-
-
-def client_of(chunks: list[bytes]) -> JobClient:
-    """A client whose every answer is a stream of these chunks."""
-    headers = {"Content-Type": "text/event-stream; charset=utf-8"}
-    return JobClient(
-        "http://test",
-        transport=httpx.MockTransport(lambda _: httpx.Response(200, headers=headers, stream=_Chunks(chunks))),
-    )
+def parse(chunks: Iterable[bytes]) -> list[AnyEvent]:
+    parser = StreamParser()
+    frames = [frame for chunk in chunks for frame in parser.feed(chunk)]
+    assert frames.pop() == Frame("", DONE, frames[-1].id)
+    return [decode_any_event(frame.data) for frame in frames]
 
 
 def body_of(events: list[AnyEvent]) -> bytes:
@@ -471,31 +614,83 @@ def body_of(events: list[AnyEvent]) -> bytes:
     return b"retry: 500\n\n" + b"".join(frames) + frame(f"1-{len(events)}", END) + b"data: [DONE]\n\n"
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LINE_ENDS = pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"], ids=["lf", "crlf", "cr"])
+
+
+@LINE_ENDS
+@settings(deadline=None, max_examples=60)
 @given(
     said=st.lists(st.text(max_size=20) | st.sampled_from(HARD_TEXTS), max_size=6),
     places=st.lists(st.integers(0, 4000), max_size=12),
 )
-async def test_any_chunking_gives_the_same_stream(said: list[str], places: list[int]) -> None:
+def test_any_chunking_gives_the_same_stream(line_end: bytes, said: list[str], places: list[int]) -> None:
     """F24."""
     events: list[AnyEvent] = [token(text, index) for index, text in enumerate(said)]
-    body = body_of(events)
+    body = body_of(events).replace(b"\n", line_end)
     bounds = [0, *sorted(place % len(body) for place in places), len(body)]
-    chunks = [body[start:end] for start, end in itertools.pairwise(bounds) if start < end]
-    async with client_of(chunks) as client:
-        assert await read_all(client, JOB_ID) == [*events, END]
+
+    assert parse(body[start:end] for start, end in itertools.pairwise(bounds)) == [*events, END]
 
 
-async def test_every_single_byte_boundary() -> None:
+@LINE_ENDS
+def test_every_single_byte_boundary(line_end: bytes) -> None:
     """F24."""
     events: list[AnyEvent] = [token(text, index) for index, text in enumerate(HARD_TEXTS)]
-    body = body_of(events)
-    chunks = [bytes([byte]) for byte in body]
-    async with client_of(chunks) as client:
+    body = body_of(events).replace(b"\n", line_end)
+
+    assert parse(bytes([byte]) for byte in body) == [*events, END]
+    for place in range(1, len(body)):
+        assert parse([body[:place], body[place:]]) == [*events, END]
+
+
+async def test_a_stream_that_comes_byte_by_byte() -> None:
+    """F24."""
+    events: list[AnyEvent] = [token(text, index) for index, text in enumerate(HARD_TEXTS)]
+    chunks = [SSE_HEAD, *(bytes([byte]) for byte in body_of(events))]
+    async with scripted(chunks) as (url, _), JobClient(url) as client:
         assert await read_all(client, JOB_ID) == [*events, END]
-        for place in range(1, len(body)):
-            chunks[:] = [body[:place], body[place:]]
-            assert await read_all(client, JOB_ID) == [*events, END]
+
+
+def gzipped(head: bytes, *bodies: bytes) -> list[bytes]:
+    return [
+        head.replace(b"Connection", b"Content-Encoding: gzip\r\nConnection") + gzip.compress(b"".join(bodies))
+    ]
+
+
+async def test_what_a_proxy_has_compressed_is_read() -> None:
+    accepted = msgspec.json.encode(JobAccepted(job_id=JOB_ID, sse_url=f"/v1/jobs/{JOB_ID}/stream"))
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
+    stream = gzipped(SSE_HEAD, frame("1-0", EXECUTE), frame("2-0", END))
+    answers = scripted(gzipped(head, accepted), stream)
+    async with answers as (url, _), JobClient(url, timeouts=QUICK) as client:
+        assert (await client.submit(Status())).job_id == JOB_ID
+        assert await read_all(client, JOB_ID) == [EXECUTE, END]
+
+
+async def test_an_answer_that_is_too_large_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "MAX_ANSWER_BYTES", 100_000)
+    endless = gzipped(SSE_HEAD, b" " * 20_000_000)
+    async with scripted(endless) as (url, _), JobClient(url, timeouts=QUICK) as client:
+        with pytest.raises(ProtocolError, match="answered 200 with more than 100000 bytes"):
+            await client.submit(Status())
+        with pytest.raises(ProtocolError, match="answered 200 with more than 100000 bytes"):
+            await client.get_bytes("/metrics")
+
+    refusal = answer(502, b" " * 1_000_000)
+    async with scripted(refusal) as (url, _), JobClient(url, timeouts=QUICK) as client:
+        with pytest.raises(Rejected, match="answered 502"):
+            await client.submit(Status())
+
+
+async def test_a_frame_without_end_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F24."""
+    monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 100_000)
+    chunks = [SSE_HEAD, frame("1-0", EXECUTE), b"data: " + b"x" * 1_000_000]
+    async with scripted(chunks) as (url, _), JobClient(url, timeouts=QUICK) as client:
+        with pytest.raises(ProtocolError, match="a frame is longer than 100000 bytes"):
+            await read_all(client, JOB_ID)
+        with pytest.raises(StreamCut, match="a frame is longer than 100000 bytes"):
+            await anext(client.heartbeats("", Beat))
 
 
 async def test_a_token_of_a_megabyte_goes_through(client: JobClient) -> None:
@@ -540,6 +735,32 @@ async def test_many_cancelled_streams_leave_no_connection(service: Running, rela
             tasks.cancel_scope.cancel()
         await eventually(lambda: job.readers == 0, "all readers are gone", 20)
         await eventually(lambda: relay.open <= 2, "all stream connections are closed", 20)
+
+
+def open_sockets() -> int:
+    links = (os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd"))
+    return sum("socket:" in link for link in links)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="descriptors are counted in /proc")
+async def test_a_thousand_cancelled_requests_leave_no_descriptor(service: Running, relay: TcpRelay) -> None:
+    """F27: submits and streams, left at any moment of theirs."""
+    async with JobClient(relay.url) as client:
+        accepted = await client.submit(Status())
+        before = open_sockets()
+        for number in range(1000):
+            task = asyncio.ensure_future(
+                client.submit(ModelList()) if number % 2 else read_all(client, accepted.job_id)
+            )
+            for _ in range(number % 40):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+        job = service.server.registry.get(accepted.job_id)
+        await eventually(lambda: job.readers == 0, "all readers are gone", 20)
+        await eventually(lambda: relay.open <= 2, "all connections but the kept ones are closed", 20)
+        await eventually(lambda: open_sockets() <= before + 4, "their descriptors are free", 20)
+        assert (await client.get(accepted.job_id)).job_id == accepted.job_id
 
 
 # --- heartbeats ----------------------------------------------------------------------------------------

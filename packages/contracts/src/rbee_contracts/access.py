@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 TOKEN_VARIABLE = "RBEE_TOKEN"
+TOKEN_FILE_VARIABLE = "RBEE_TOKEN_FILE"
 NONCE_VARIABLE = "RBEE_WORKER_NONCE"
 """Holds what proves that a process is one hive's worker, or was started by one."""
 
@@ -42,14 +43,15 @@ def check_token(text: str, source: str) -> str:
 
 
 def read_token(file: str | Path | None, environ: Mapping[str, str]) -> str | None:
-    """Give the cluster's token: from the file, else from `RBEE_TOKEN`; None where neither is given.
+    """Give the cluster's token: from the file, which `RBEE_TOKEN_FILE` may name too, else from `RBEE_TOKEN`.
 
-    A variable that is set and empty is refused rather than taken for none: it would open a cluster that
-    somebody meant to close.
+    None where none is given. A variable that is set and empty is refused rather than taken for none: it
+    would open a cluster that somebody meant to close.
 
     Raises:
         UnusableToken: the file cannot be read, or what it holds cannot be a token.
     """
+    file = environ.get(TOKEN_FILE_VARIABLE) if file is None else file
     if file is not None:
         try:
             return check_token(Path(file).expanduser().read_text().strip(), f"{file}")

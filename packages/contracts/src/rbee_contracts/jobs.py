@@ -30,8 +30,8 @@ class JobRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `position` is the id of the newest event of its stream, while that is kept. A job that the hop above
     has sent names its step as `idempotency_key`, and its operation's SHA-256 in hexadecimal as `digest`:
-    what a hop that lost its memory needs to know its jobs again. `result` is of a completed job; a service
-    that has to keep too much drops those of the oldest.
+    what a hop that lost its memory needs to know its jobs again, with the `traceparent` it had sent. `result`
+    is of a completed job; a service that has to keep too much drops those of the oldest.
     """
 
     job_id: JobId
@@ -50,6 +50,7 @@ class JobRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     idempotency_key: str | None = None
     digest: str | None = None
     time_left_s: float | None = None
+    traceparent: str | None = None
 
 
 class JobPage(Struct, frozen=True, kw_only=True):

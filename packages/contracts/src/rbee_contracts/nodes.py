@@ -1,6 +1,6 @@
 """What services tell about machines, devices, models and workers: results and heartbeats."""
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from msgspec import Meta, Struct
 
@@ -293,6 +293,31 @@ class WorkerLogResult(Struct, frozen=True, kw_only=True):
 
     worker_id: WorkerId
     lines: int
+
+
+class LogLine(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line of a log. `event` says what happened, in a fixed word, and `facts` with what.
+
+    A line that an engine wrote is all `event`, and its `timestamp` is that of the worker's line before it.
+    """
+
+    timestamp: str
+    service: str
+    level: str
+    event: str
+    facts: dict[str, Any] = {}
+
+
+class LogSearchResult(Struct, frozen=True, kw_only=True):
+    """Result of `log_search`: the lines by machine, the queen's first, each machine's by its time.
+
+    `silent` names each hive that could not be asked, and why. `notes` says what else may be missing.
+    """
+
+    correlation_id: str
+    lines: list[LogLine]
+    silent: dict[str, str] = {}
+    notes: list[str] = []
 
 
 class ModelDeleted(Struct, frozen=True, kw_only=True):

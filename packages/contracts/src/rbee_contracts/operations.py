@@ -9,7 +9,15 @@ import msgspec
 from msgspec import Meta, Struct
 
 from rbee_contracts.errors import InvalidRequest
-from rbee_contracts.ids import HIVE_ID_PATTERN, MODEL_ID_PATTERN, HiveId, ModelId, WorkerId
+from rbee_contracts.ids import (
+    CORRELATION_ID_PATTERN,
+    HIVE_ID_PATTERN,
+    MODEL_ID_PATTERN,
+    CorrelationId,
+    HiveId,
+    ModelId,
+    WorkerId,
+)
 
 MAX_PROMPT_CHARS = 4_000_000
 MAX_TOKENS = 10_000_000
@@ -238,6 +246,21 @@ class WorkerLog(HiveOperation, frozen=True, kw_only=True):
     follow: bool = False
 
 
+class LogSearch(HiveOperation, frozen=True, kw_only=True):
+    """Give the log lines that belong to one request, of every service that it went through.
+
+    The queen tells her own and asks every hive, or only the one that is named; a hive tells its own and those
+    of its workers, living and gone, with what their engines have logged under the request's id. `since_s`
+    leaves out what is older than so many seconds by the clock of the machine that has it; `level` what is
+    less grave. Of too many lines each hive gives its newest `limit`.
+    """
+
+    correlation_id: CorrelationId
+    since_s: Seconds | None = None
+    level: Literal["debug", "info", "warning", "error"] = "debug"
+    limit: Annotated[int, Meta(ge=1, le=10_000)] = 2000
+
+
 class WorkerProcessList(HiveOperation, frozen=True, kw_only=True):
     """List the machine's worker processes as the operating system sees them."""
 
@@ -317,6 +340,7 @@ OnHive: TypeAlias = (
     | WorkerStop
     | WorkerDrain
     | WorkerLog
+    | LogSearch
     | WorkerProcessList
     | WorkerProcessGet
     | WorkerProcessDelete
@@ -337,6 +361,7 @@ OPERATIONS: dict[str, type[Operation]] = {str(t.__struct_config__.tag): t for t 
 # A worker id has the same pattern as a hive id.
 _PATTERN_WORDS = {
     MODEL_ID_PATTERN: "a model id (a directory name in the models folder, or org/name[@revision])",
+    CORRELATION_ID_PATTERN: "a correlation id (1 to 64 letters, digits, '.', '_' and '-')",
     HIVE_ID_PATTERN: "an id of 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit",
 }
 

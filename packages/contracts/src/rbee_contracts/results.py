@@ -21,6 +21,7 @@ RESULTS: dict[type[Operation], Any] = {
     operations.WorkerStop: nodes.WorkerInfo,
     operations.WorkerDrain: nodes.WorkerInfo,
     operations.WorkerLog: nodes.WorkerLogResult,
+    operations.LogSearch: nodes.LogSearchResult,
     operations.WorkerProcessList: nodes.WorkerProcessListResult,
     operations.WorkerProcessGet: nodes.WorkerProcessInfo,
     operations.WorkerProcessDelete: nodes.WorkerProcessInfo,

@@ -3,16 +3,16 @@
 import asyncio
 import random
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import aiohttp
-import httpx
+import certifi
 import msgspec
-from httpx_aiohttp import AiohttpTransport
-from httpx_sse import EventSource, SSEError
+from aiohttp import ClientTimeout, hdrs
 from msgspec import Struct
 
 from rbee_contracts.errors import ErrorBody
@@ -20,8 +20,9 @@ from rbee_contracts.events import AnyEvent
 from rbee_contracts.jobs import DONE, JobAccepted, JobPage, JobRecord
 from rbee_contracts.operations import Operation, encode_operation
 from rbee_contracts.sse import START, Position, parse_event_id
+from rbee_contracts.trace import TraceContext
 from rbee_job_client.errors import ProtocolError, Rejected, StreamCut, Unreachable
-from rbee_job_client.frames import FirehoseParser, decode_any_event
+from rbee_job_client.frames import FirehoseParser, StreamParser, decode_any_event
 from rbee_job_client.sockets import open_socket
 
 
@@ -43,8 +44,16 @@ class Timeouts(Struct, frozen=True, kw_only=True):
 
 T = TypeVar("T")
 
+MAX_ANSWER_BYTES = 64 * 2**20
+"""Bound of an answer that is read whole."""
+
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
+
+_LOST = (aiohttp.ClientError, TimeoutError)
+"""What aiohttp raises when no answer came, or not all of it."""
+
+_JSON: dict[str, str] = {hdrs.CONTENT_TYPE: "application/json"}
 
 
 def backoff_s() -> Iterator[float]:
@@ -55,33 +64,6 @@ def backoff_s() -> Iterator[float]:
         limit = min(limit * 2, BACKOFF_MAX_S)
 
 
-class _Transport(AiohttpTransport):
-    """aiohttp under httpx, with sockets of our own.
-
-    What httpx-aiohttp leaves as it is, an answer that is not HTTP, is mapped too.
-    """
-
-    def __init__(self, *, is_tls: bool) -> None:
-        # Loading the system's certificates takes 20 ms. Without TLS nothing is trusted instead: a context
-        # that has no certificate cannot open a connection.
-        verify = True if is_tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        super().__init__(verify=verify, trust_env=False, client=self._open_session)
-
-    def _open_session(self) -> aiohttp.ClientSession:
-        # 0 is aiohttp's "no limit"; idle connections are given up before the services close them after
-        # 5 s, or a submit could meet the close.
-        connector = aiohttp.TCPConnector(
-            ssl=self.ssl_context, limit=0, keepalive_timeout=4.0, socket_factory=open_socket
-        )
-        return aiohttp.ClientSession(connector=connector)
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        try:
-            return await super().handle_async_request(request)
-        except aiohttp.ClientError as exc:
-            raise httpx.RemoteProtocolError(str(exc)) from exc
-
-
 class JobClient:
     """Speaks the job contract to one service. Use as an async context manager, or `aclose` it.
 
@@ -89,9 +71,9 @@ class JobClient:
         base_url: e.g. `http://127.0.0.1:7833`.
         token: sent with every request, where the service asks for one.
         timeouts: see `Timeouts`.
-        transport: for tests; by default httpx's aiohttp transport.
 
-    Every method raises `Rejected` for an error answer and `Unreachable` for none.
+    Every method raises `Rejected` for an error answer and `Unreachable` for none. Redirects are not
+    followed, proxies that the environment names are not used, and no cookies are kept.
     """
 
     def __init__(
@@ -100,19 +82,23 @@ class JobClient:
         *,
         token: str | None = None,
         timeouts: Timeouts | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self._timeouts = timeouts or Timeouts()
-        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._transport = transport or _Transport(is_tls=self.base_url.startswith("https:"))
-        # For streams; `_request` speaks to the transport itself.
-        self._http = httpx.AsyncClient(
-            base_url=self.base_url, headers=self._headers, transport=self._transport, trust_env=False
+        self._headers: dict[str, str] = {} if token is None else {hdrs.AUTHORIZATION: f"Bearer {token}"}
+        self.heard_at: float | None = None
+        """Monotonic time of the last bytes of a firehose that is followed, pings too."""
+        # Loading the certificates takes 20 ms.
+        self._ssl: ssl.SSLContext | bool = (
+            ssl.create_default_context(cafile=certifi.where()) if self.base_url.startswith("https:") else True
         )
-        self._jobs_url = httpx.URL(f"{self.base_url}/v1/jobs")
-        self._request_timeout = httpx.Timeout(self._timeouts.request, connect=self._timeouts.connect)
-        self._stream_timeout = httpx.Timeout(self._timeouts.read, connect=self._timeouts.connect)
+        self._request_timeout = self._within(self._timeouts.request)
+        read_s = self._timeouts.read
+        self._stream_timeout = ClientTimeout(
+            total=None, connect=read_s, sock_connect=self._timeouts.connect, sock_read=read_s
+        )
+        self._session: aiohttp.ClientSession | None = None
+        self._is_closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -123,7 +109,25 @@ class JobClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        await self._http.aclose()
+        self._is_closed = True
+        if self._session is not None:
+            await self._session.close()
+
+    @property
+    def _http(self) -> aiohttp.ClientSession:
+        """The session, which is made in the event loop that first asks for it."""
+        if self._session is None:
+            if self._is_closed:
+                raise RuntimeError(f"The client of {self.base_url} is closed.")
+            # 0 is aiohttp's "no limit"; idle connections are given up before the services close them after
+            # 5 s, or a submit could meet the close.
+            connector = aiohttp.TCPConnector(
+                ssl=self._ssl, limit=0, keepalive_timeout=4.0, socket_factory=open_socket
+            )
+            self._session = aiohttp.ClientSession(
+                connector=connector, headers=self._headers, cookie_jar=aiohttp.DummyCookieJar()
+            )
+        return self._session
 
     # --- requests --------------------------------------------------------------------------------------
 
@@ -135,24 +139,27 @@ class JobClient:
         respond_async: bool = False,
         idempotency_key: str | None = None,
         time_left_s: float | None = None,
+        trace: TraceContext | None = None,
     ) -> JobAccepted:
         """Submit an operation. Unless `respond_async`, it starts when its stream is first read."""
-        headers = {"Content-Type": "application/json"} | _correlation(correlation_id)
+        headers = _JSON | _correlation(correlation_id)
         if respond_async:
             headers["Prefer"] = "respond-async"
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
         if time_left_s is not None:
             headers["X-Deadline-Ms"] = str(int(time_left_s * 1000))
-        response = await self._request(
-            "POST", self._jobs_url, content=encode_operation(operation), headers=headers
+        if trace is not None:
+            headers |= trace.headers
+        answer = await self._request(
+            hdrs.METH_POST, "/v1/jobs", headers=headers, content=encode_operation(operation)
         )
-        return _decode(response, JobAccepted)
+        return _decode(answer, JobAccepted)
 
     async def cancel(self, job_id: str, *, correlation_id: str | None = None) -> bool:
         """Cancel a job. False when it had already ended, or is not known."""
         try:
-            await self._request("DELETE", f"/v1/jobs/{job_id}", headers=_correlation(correlation_id))
+            await self._request(hdrs.METH_DELETE, f"/v1/jobs/{job_id}", headers=_correlation(correlation_id))
         except Rejected as exc:
             if exc.status in (404, 409):
                 return False
@@ -161,7 +168,7 @@ class JobClient:
 
     async def get(self, job_id: str) -> JobRecord:
         """Give a job's record."""
-        return _decode(await self._request("GET", f"/v1/jobs/{job_id}"), JobRecord)
+        return _decode(await self._request(hdrs.METH_GET, f"/v1/jobs/{job_id}"), JobRecord)
 
     async def list_jobs(
         self,
@@ -174,19 +181,20 @@ class JobClient:
         """List records, newest first."""
         query = {"state": state, "operation": operation, "limit": str(limit), "cursor": cursor}
         params = {name: value for name, value in query.items() if value is not None}
-        return _decode(await self._request("GET", "/v1/jobs", params=params), JobPage)
+        return _decode(await self._request(hdrs.METH_GET, "/v1/jobs", params=params), JobPage)
 
     async def get_json(self, path: str, type_: type[T], *, timeout_s: float | None = None) -> T:
         """Give the answer of another route of the service, decoded as `type_`."""
-        timeout = None if timeout_s is None else httpx.Timeout(timeout_s)
-        return _decode(await self._request("GET", path, timeout=timeout), type_)
+        return _decode(await self._request(hdrs.METH_GET, path, timeout_s=timeout_s), type_)
+
+    async def get_bytes(self, path: str, *, timeout_s: float | None = None) -> bytes:
+        """Give the answer of another route of the service as it is."""
+        return (await self._request(hdrs.METH_GET, path, timeout_s=timeout_s)).body
 
     async def post_json(self, path: str, body: object, *, timeout_s: float | None = None) -> None:
         """Post a struct to another route of the service."""
-        headers = {"Content-Type": "application/json"}
-        timeout = None if timeout_s is None else httpx.Timeout(timeout_s)
         content = msgspec.json.encode(body)
-        await self._request("POST", path, content=content, headers=headers, timeout=timeout)
+        await self._request(hdrs.METH_POST, path, headers=_JSON, content=content, timeout_s=timeout_s)
 
     # --- streams ---------------------------------------------------------------------------------------
 
@@ -283,11 +291,9 @@ class JobClient:
             connected = False
             try:
                 headers = {"Last-Event-ID": parser.last_event_id} if parser.last_event_id else {}
-                async with self._http.stream(
-                    "GET", path, headers=headers, timeout=self._stream_timeout
-                ) as response:
-                    await _raise_for_status(response)
-                    async for chunk in response.aiter_raw():
+                async with self._open(path, headers) as response:
+                    while chunk := await response.content.readany():
+                        self.heard_at = time.monotonic()
                         events = feed(chunk)
                         if not connected and parser.last_event_id is not None:
                             connected = True
@@ -296,7 +302,7 @@ class JobClient:
                                 on_connection(True)
                         if events:
                             yield events
-            except (httpx.HTTPError, Rejected, ValueError):
+            except (*_LOST, Rejected, ValueError):
                 pass
             finally:
                 if connected and on_connection is not None:
@@ -310,15 +316,15 @@ class JobClient:
         Raises:
             StreamCut: the connection ended.
         """
-        path = f"/v1/heartbeats/stream?{query}"
+        parser = StreamParser()
         try:
-            async with self._http.stream("GET", path, timeout=self._stream_timeout) as response:
-                await _raise_for_status(response)
-                async with aclosing(EventSource(response).aiter_sse()) as frames:
-                    async for frame in frames:
+            async with self._open(f"/v1/heartbeats/stream?{query}") as response:
+                self._check_type(response)
+                while chunk := await response.content.readany():
+                    for frame in parser.feed(chunk):
                         if frame.event == "heartbeat":
                             yield msgspec.json.decode(frame.data, type=type_)
-        except (httpx.HTTPError, SSEError, msgspec.MsgspecError, RecursionError) as exc:
+        except (*_LOST, ValueError, RecursionError) as exc:
             raise StreamCut(f"{self.base_url}: {_reason(exc)}.") from exc
         raise StreamCut(f"{self.base_url} closed its heartbeats.")
 
@@ -326,70 +332,80 @@ class JobClient:
         self, job_id: str, position: Position
     ) -> AsyncGenerator[tuple[Position, AnyEvent], None]:
         """Read one connection's worth; a connection that ends before `[DONE]` is a `StreamCut`."""
-        headers = {"Accept": "text/event-stream"}
+        headers: dict[str, str] = {hdrs.ACCEPT: "text/event-stream"}
         if position != START:
             headers["Last-Event-ID"] = str(position)
+        parser = StreamParser()
         try:
-            async with self._http.stream(
-                "GET", f"/v1/jobs/{job_id}/stream", headers=headers, timeout=self._stream_timeout
-            ) as response:
-                await _raise_for_status(response)
-                if response.status_code == 204:
+            async with self._open(f"/v1/jobs/{job_id}/stream", headers) as response:
+                if response.status == 204:
                     return
-                async with aclosing(EventSource(response).aiter_sse()) as frames:
-                    async for frame in frames:
-                        if not frame.data:
-                            continue
+                self._check_type(response)
+                while chunk := await response.content.readany():
+                    for frame in parser.feed(chunk):
                         if frame.data == DONE:
                             return
-                        try:
-                            position = parse_event_id(frame.id)
-                            event = decode_any_event(frame.data)
-                        except (ValueError, msgspec.DecodeError) as exc:
-                            raise ProtocolError(
-                                f"{self.base_url} sent a frame that is no event: {exc}"
-                            ) from exc
-                        yield position, event
-        except (httpx.HTTPError, SSEError) as exc:
+                        position = parse_event_id(frame.id)
+                        yield position, decode_any_event(frame.data)
+        except _LOST as exc:
             raise StreamCut(f"{self.base_url}: {_reason(exc)}.") from exc
+        except ValueError as exc:
+            raise ProtocolError(f"{self.base_url} sent a frame that is no event: {exc}") from exc
         raise StreamCut(f"{self.base_url} closed the stream before its end.")
+
+    def _within(self, timeout_s: float) -> ClientTimeout:
+        return ClientTimeout(total=timeout_s, sock_connect=self._timeouts.connect)
+
+    @asynccontextmanager
+    async def _open(
+        self, path: str, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Ask for a stream; to leave it before its end closes its connection."""
+        async with self._http.get(
+            self.base_url + path, headers=headers, timeout=self._stream_timeout, allow_redirects=False
+        ) as response:
+            if response.status >= 400:
+                _raise_for_status(await _read(response))
+            yield response
+
+    def _check_type(self, response: aiohttp.ClientResponse) -> None:
+        kind = response.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0]
+        if "text/event-stream" not in kind:
+            raise StreamCut(f"{self.base_url}: it answered with {kind!r} in place of an event stream.")
 
     async def _request(
         self,
         method: str,
-        url: httpx.URL | str,
+        path: str,
         *,
-        params: dict[str, str] | None = None,
-        headers: dict[str, str] | None = None,
+        params: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
         content: bytes | None = None,
-        timeout: httpx.Timeout | None = None,
-    ) -> httpx.Response:
-        """Ask for an answer that is read whole.
-
-        Straight from the transport: a client's cookies, redirects and authentication, of which we have
-        none, cost a hop's submit as much again.
-        """
-        request = httpx.Request(
-            method,
-            url if isinstance(url, httpx.URL) else self.base_url + url,
-            params=params,
-            headers=self._headers | (headers or {}),
-            content=content,
-            extensions={"timeout": (timeout or self._request_timeout).as_dict()},
-        )
+        timeout_s: float | None = None,
+    ) -> "_Answer":
+        """Ask for an answer that is read whole."""
+        timeout = self._request_timeout if timeout_s is None else self._within(timeout_s)
         try:
-            response = await self._transport.handle_async_request(request)
-            response.request = request
-            try:
-                await response.aread()
-            finally:
-                await response.aclose()
-        except httpx.HTTPError as exc:
+            async with self._http.request(
+                method,
+                self.base_url + path,
+                params=params,
+                headers=headers,
+                data=content,
+                timeout=timeout,
+                allow_redirects=False,
+            ) as response:
+                answer = await _read(response)
+        except _LOST as exc:
             raise Unreachable(
                 f"No answer from {self.base_url} ({_reason(exc)}). Is it running there?"
             ) from exc
-        await _raise_for_status(response)
-        return response
+        _raise_for_status(answer)
+        if len(answer.body) > MAX_ANSWER_BYTES:
+            raise ProtocolError(
+                f"{answer.url} answered {answer.status} with more than {MAX_ANSWER_BYTES} bytes."
+            )
+        return answer
 
 
 def _correlation(correlation_id: str | None) -> dict[str, str]:
@@ -397,34 +413,50 @@ def _correlation(correlation_id: str | None) -> dict[str, str]:
 
 
 def _reason(exc: Exception) -> str:
-    """Say it as a person would; httpx-aiohttp's own words name sockets and TLS settings."""
+    """Say it as a person would; aiohttp's own words name sockets and TLS settings."""
     match exc:
-        case httpx.ConnectTimeout() | httpx.ConnectError():
+        case aiohttp.InvalidURL() | aiohttp.NonHttpUrlClientError():
+            return f"no URL of a service: {exc}"
+        case aiohttp.ClientConnectionError() if not isinstance(exc, aiohttp.SocketTimeoutError):
             return "nothing answers there"
-        case httpx.TimeoutException():
+        case TimeoutError():
             return "it did not answer in time"
-        case httpx.NetworkError() | httpx.RemoteProtocolError():
+        case aiohttp.ClientError():
             return "the connection was lost"
         case _:
             return f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
 
 
-async def _raise_for_status(response: httpx.Response) -> None:
-    if response.status_code < 400:
+class _Answer(NamedTuple):
+    url: str
+    status: int
+    body: bytes
+
+
+async def _read(response: aiohttp.ClientResponse) -> _Answer:
+    """Read an answer whole; of one that is too large, so much that this can be told."""
+    body = await response.content.readany()
+    if not response.content.at_eof():
+        parts, size = [body], len(body)
+        while size <= MAX_ANSWER_BYTES and (part := await response.content.readany()):
+            parts.append(part)
+            size += len(part)
+        body = b"".join(parts)
+    return _Answer(str(response.url), response.status, body)
+
+
+def _raise_for_status(answer: _Answer) -> None:
+    if answer.status < 400:
         return
     try:
-        body = msgspec.json.decode(await response.aread(), type=ErrorBody)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        body = ErrorBody(
-            error="Rejected", details=f"{response.url} answered {response.status_code}.", code="rejected"
-        )
-    raise Rejected(body.details, status=response.status_code, code=body.code, title=body.error)
+        body = msgspec.json.decode(answer.body, type=ErrorBody)
+    except (ValueError, RecursionError):
+        body = ErrorBody(error="Rejected", details=f"{answer.url} answered {answer.status}.", code="rejected")
+    raise Rejected(body.details, status=answer.status, code=body.code, title=body.error)
 
 
-def _decode(response: httpx.Response, type_: type[T]) -> T:
+def _decode(answer: _Answer, type_: type[T]) -> T:
     try:
-        return msgspec.json.decode(response.content, type=type_)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-        raise ProtocolError(
-            f"{response.url} answered {response.status_code} with an unreadable body."
-        ) from exc
+        return msgspec.json.decode(answer.body, type=type_)
+    except (ValueError, RecursionError) as exc:
+        raise ProtocolError(f"{answer.url} answered {answer.status} with an unreadable body.") from exc

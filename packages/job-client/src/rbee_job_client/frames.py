@@ -1,8 +1,10 @@
-"""Splitting a firehose's bytes into events, a network chunk at a time.
+"""Splitting the bytes of event streams into frames, a network chunk at a time.
 
-A job's stream is read with httpx-sse. The firehose carries every token of a service, so its frames are
-cut here in whole chunks; it reads only what our own services write: LF line ends, one `data` line.
+Any event stream is read by `StreamParser`. The firehose carries every token of a service and has a parser
+of its own, which reads only what our own services write: LF line ends, one `data` line.
 """
+
+from typing import NamedTuple
 
 import msgspec
 
@@ -19,6 +21,84 @@ _EVENT_ID_BYTES = len('{"event_id":"') + 31
 _narration_decoder = msgspec.json.Decoder(Narration)
 
 
+class _Splitter:
+    """Cuts what comes at empty lines, and keeps what is unfinished."""
+
+    def __init__(self) -> None:
+        self._rest: list[bytes] = []
+        self._rest_bytes = 0
+
+    def split(self, chunk: bytes) -> list[bytes]:
+        """Take a chunk; give the frames that are complete with it.
+
+        Raises:
+            ValueError: a frame has no end within `MAX_FRAME_BYTES`.
+        """
+        if self._rest:
+            is_cut_between = chunk.startswith(b"\n") and self._rest[-1].endswith(b"\n")
+            if is_cut_between or b"\n\n" in chunk:
+                chunk = b"".join((*self._rest, chunk))
+                self._rest.clear()
+                self._rest_bytes = 0
+        *frames, rest = chunk.split(b"\n\n")
+        if rest:
+            self._rest.append(rest)
+            self._rest_bytes += len(rest)
+            if self._rest_bytes > MAX_FRAME_BYTES:
+                raise ValueError(f"a frame is longer than {MAX_FRAME_BYTES} bytes")
+        return frames
+
+
+class Frame(NamedTuple):
+    """One event of a stream. `id` is the newest that the stream had given by then."""
+
+    event: str
+    data: str
+    id: str
+
+
+class StreamParser:
+    """Reads an event stream as its standard says, of one connection.
+
+    https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
+    """
+
+    def __init__(self) -> None:
+        self._splitter = _Splitter()
+        self._is_after_cr = False
+        self._id = ""
+
+    def feed(self, chunk: bytes) -> list[Frame]:
+        """Take a chunk; give the frames with data that are complete with it.
+
+        Raises:
+            ValueError: a frame has no end within `MAX_FRAME_BYTES`.
+        """
+        if self._is_after_cr and chunk.startswith(b"\n"):
+            chunk = chunk[1:]
+            self._is_after_cr = False
+        if b"\r" in chunk:
+            self._is_after_cr = chunk.endswith(b"\r")
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        elif chunk:
+            self._is_after_cr = False
+        frames = map(self._read, self._splitter.split(chunk))
+        return [frame for frame in frames if frame.data]
+
+    def _read(self, frame: bytes) -> Frame:
+        event, data = "", []
+        for line in frame.decode(errors="replace").split("\n"):
+            name, _, value = line.partition(":")
+            value = value.removeprefix(" ")
+            if name == "data":
+                data.append(value)
+            elif name == "event":
+                event = value
+            elif name == "id" and "\0" not in value:
+                self._id = value
+        return Frame(event, "\n".join(data), self._id)
+
+
 class FirehoseParser:
     """Keeps what is unfinished between chunks, and the last SSE id.
 
@@ -27,7 +107,7 @@ class FirehoseParser:
     """
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._splitter = _Splitter()
         self.undecodable = 0
         self.last_event_id: str | None = None
 
@@ -38,7 +118,7 @@ class FirehoseParser:
             ValueError: a frame has no end within `MAX_FRAME_BYTES`.
         """
         events: list[AnyEvent] = []
-        frames = self._split(chunk)
+        frames = self._splitter.split(chunk)
         for frame in frames:
             self._decode(frame, events)
         self._note_id(frames)
@@ -50,7 +130,7 @@ class FirehoseParser:
         That it is JSON, and of an event, is not checked.
         """
         events: list[AnyEvent | bytes] = []
-        frames = self._split(chunk)
+        frames = self._splitter.split(chunk)
         for frame in frames:
             begin = frame.find(b"{")
             action = frame.find(_ACTION, begin, begin + _EVENT_ID_BYTES + len(_ACTION))
@@ -63,14 +143,7 @@ class FirehoseParser:
 
     def reset(self) -> None:
         """Forget what is unfinished: the connection it came on is gone."""
-        self._rest = b""
-
-    def _split(self, chunk: bytes) -> list[bytes]:
-        frames = (self._rest + chunk).split(b"\n\n")
-        self._rest = frames.pop()
-        if len(self._rest) > MAX_FRAME_BYTES:
-            raise ValueError(f"a frame is longer than {MAX_FRAME_BYTES} bytes")
-        return frames
+        self._splitter = _Splitter()
 
     def _decode(self, frame: bytes, events: list[AnyEvent] | list[AnyEvent | bytes]) -> None:
         if frame.startswith(b":"):
