@@ -36,7 +36,7 @@ def main() -> None:
         lean = ["requirements/engine-cpu.in", "--override", "requirements/engine-cpu-overrides.in"]
         for name in LEFT_OUT:
             lean += ["--no-emit-package", name]
-        compile_list("engine-cuda", "--extra", "cuda", *common)
+        compile_list("engine-cuda", "--extra", "cuda", "requirements/engine-cuda.in", *common)
         compile_list("engine-cpu", "--extra", "cpu", *lean, *common)
         # The machines of one cluster then run the same versions, with an engine or without.
         compile_list("base", "--constraint", "requirements/engine-cuda.txt", *common)

@@ -1,5 +1,6 @@
 """A service in a process of its own, `small_service.py <port> <drain_timeout_s>`; prompts are commands."""
 
+import os
 import sys
 
 import anyio
@@ -17,6 +18,7 @@ from rbee_job_server import (
     narrate,
     serve,
 )
+from rbee_job_server.systemd import Notifier, Reporter
 
 
 async def main(port: int, drain_timeout_s: float) -> int:
@@ -59,7 +61,8 @@ async def main(port: int, drain_timeout_s: float) -> int:
         print(exc, file=sys.stderr)
         return 2
     config = ServeConfig(host="127.0.0.1", port=port, drain_timeout_s=drain_timeout_s)
-    return await serve(app, server, sock, config, loops=[background])
+    reporter = Reporter(Notifier.of(os.environ, os.getpid()), describe=lambda: "small")
+    return await serve(app, server, sock, config, loops=[background], reporter=reporter)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,14 @@ from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 from structlog.testing import capture_logs
 
-from rbee_contracts.access import TOKEN_VARIABLE, UnusableToken, check_token, is_loopback, read_token
+from rbee_contracts.access import (
+    TOKEN_FILE_VARIABLE,
+    TOKEN_VARIABLE,
+    UnusableToken,
+    check_token,
+    is_loopback,
+    read_token,
+)
 from rbee_contracts.ids import new_job_id
 from rbee_contracts.operations import Infer, Status
 from rbee_job_client import JobClient, Rejected
@@ -422,6 +429,7 @@ def test_where_a_token_comes_from(tmp_path: Path) -> None:
     assert read_token(None, {}) is None
     assert read_token(None, {TOKEN_VARIABLE: f" {TOKEN}\n"}) == TOKEN
     assert read_token(file, {TOKEN_VARIABLE: TOKEN}) == f"{TOKEN}-of-the-file"
+    assert read_token(None, {TOKEN_FILE_VARIABLE: str(file), TOKEN_VARIABLE: TOKEN}) == f"{TOKEN}-of-the-file"
     file.write_bytes(b"\xff\xfe\x00binary-binary-binary")
     for unusable in (file, tmp_path / "absent", tmp_path):
         with pytest.raises(UnusableToken, match="cannot be read"):

@@ -327,7 +327,7 @@ async def test_all_that_is_said_in_one_turn_of_the_loop_leaves_in_one_write() ->
     assert [len(frames_of(body)) for body in sent.bodies[before:]] == [8, 8, 8]
     sent.gone.set()
     await task
-    assert firehose._followers == 0
+    assert firehose.followers == 0
 
 
 @pytest.mark.anyio

@@ -47,6 +47,7 @@ from rbee_contracts.ids import hop_job_id, step_key
 from rbee_contracts.jobs import JobAccepted, JobRecord, JobState
 from rbee_contracts.operations import Infer, OpenAI, Operation, Status
 from rbee_contracts.sse import START, Position
+from rbee_contracts.trace import TraceContext
 from rbee_job_client import JobClient, Timeouts
 from rbee_job_client.frames import FirehoseParser
 from rbee_job_server import JobContext, JobServer, LowerJobFailed, Relay, Submission
@@ -387,6 +388,7 @@ class MadeUpService:
         respond_async: bool = False,
         idempotency_key: str | None = None,
         time_left_s: float | None = None,
+        trace: TraceContext | None = None,
     ) -> JobAccepted:
         assert respond_async
         assert idempotency_key
@@ -750,10 +752,11 @@ def test_a_gap_before_the_submit_is_answered_fails_nothing() -> None:
     async def walk() -> None:
         below = MadeUpService()
         below.answer_submit = anyio.Event()
-        async with relaying(below) as (job, _):
+        async with relaying(below) as (job, relay):
             await below.send.send([GAP])
             await anyio.sleep(1)
             assert not job.is_finished
+            assert (relay.handed.pieces, relay.handed.gaps, relay.handed.rereads) == (1, 1, 0)
             below.say(Execute, message="go", formatted="")
             below.say(Token, message="all", index=0)
             below.say(ExecuteComplete, message="end", formatted="", data=1)
@@ -761,6 +764,7 @@ def test_a_gap_before_the_submit_is_answered_fails_nothing() -> None:
             await ended(job)
 
             assert actions(read(job)) == ["execute", "token", "execute_complete", "[DONE]"]
+            assert (relay.handed.rereads, relay.is_connected) == (1, True)
 
     run_counted(walk)
 

@@ -309,7 +309,7 @@ async def test_head_tells_of_a_stream_and_starts_nothing(service: Running) -> No
     assert answer.headers["content-type"] == firehose.headers["content-type"]
     assert answer.headers["content-type"].startswith("text/event-stream")
     job = service.server.registry.get(job_id)
-    assert (job.state, job.readers, service.server.firehose._followers) == ("pending", 0, 0)
+    assert (job.state, job.readers, service.server.firehose.followers) == ("pending", 0, 0)
     assert (await service.http.head("/v1/jobs/job-unknown/stream")).status_code == 404
 
 
@@ -701,7 +701,7 @@ async def test_the_firehose_notices_a_follower_that_leaves(service: Running) -> 
     assert service.server.firehose.is_followed
     writer.transport.abort()
 
-    await eventually(lambda: service.server.firehose._followers == 0, "the follower is gone", 20)
+    await eventually(lambda: service.server.firehose.followers == 0, "the follower is gone", 20)
 
 
 @pytest.mark.parametrize("reads", [True, False], ids=["reading", "stalled"])

@@ -12,11 +12,13 @@ from rbee_contracts.ids import hop_job_id, new_job_id, step_key
 from rbee_contracts.jobs import JobPage, JobRecord
 from rbee_contracts.operations import Infer, OpenAI
 from rbee_contracts.sse import Position
+from rbee_contracts.trace import TraceContext
 from rbee_hive.rebuild import RETURN_WINDOW_S, rebuild, restored_job
 from rbee_hive.supervisor.machine import Life
 from rbee_hive.supervisor.worker import Spec, Worker
 from rbee_job_server import JobServer
 from rbee_job_server.journal import RestoredJob
+from rbee_job_server.tracing import attempt_name, span_id
 
 HIVE_JOB = hop_job_id("hive", step_key(new_job_id(), "infer"))
 DIGEST = "ab" * 32
@@ -64,6 +66,17 @@ def test_the_hives_job_has_its_id_its_step_and_what_it_had_said() -> None:
     placed = events[2]
     assert isinstance(placed, InferWorker)
     assert (placed.data.worker_id, placed.data.port) == ("w1", 9301)
+
+
+def test_its_trace_goes_on_below_the_queens_attempt() -> None:
+    job = made(record(traceparent=f"00-{'a' * 32}-{'b' * 16}-01"))
+
+    assert job is not None
+    parent = span_id(attempt_name(HIVE_JOB))
+    assert job.trace == TraceContext(f"00-{'a' * 32}-{parent:016x}-01")
+    untraced = made(record())
+    assert untraced is not None
+    assert untraced.trace is None
 
 
 def test_its_time_goes_on_from_where_it_was() -> None:

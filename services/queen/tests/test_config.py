@@ -35,6 +35,37 @@ def test_what_cannot_be_used_is_one_clear_line_and_exit_2(
     assert "rbee-queen: error:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "environ", "expected"),
+    [
+        ([], {}, None),
+        ([], {"RBEE_OTLP_ENDPOINT": "", "OTEL_EXPORTER_OTLP_ENDPOINT": ""}, None),
+        (["--otlp-endpoint", "http://a:4318"], {"RBEE_OTLP_ENDPOINT": "http://b"}, "http://a:4318"),
+        ([], {"RBEE_OTLP_ENDPOINT": "http://b", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c"}, "http://b"),
+        ([], {"OTEL_EXPORTER_OTLP_ENDPOINT": "https://c/otlp"}, "https://c/otlp"),
+    ],
+    ids=["nothing", "empty", "flag", "variable", "standard"],
+)
+def test_where_traces_go(argv: list[str], environ: dict[str, str], expected: str | None) -> None:
+    assert parse(argv, environ).otlp_endpoint == expected
+
+
+@pytest.mark.parametrize(
+    "url", ["collector:4318", "ftp://x", "http://user:SECRET@x", "http://", "http://x?a"]
+)
+def test_a_collector_that_is_no_url_is_refused_without_telling_it(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse([], {"RBEE_OTLP_ENDPOINT": url})
+
+    assert exit_.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("rbee-queen: error: RBEE_OTLP_ENDPOINT must be an http:// or https:// URL")
+    assert "SECRET" not in told
+    assert told.count("\n") == 1
+
+
 def test_how_long_a_hive_may_be_silent() -> None:
     config = parse(["--hive-unreachable-after-s", "3", "--hive-lost-after-s", "9.5"], {})
 

@@ -236,6 +236,42 @@ async def test_a_storm_of_retries_ends_at_the_budget(monkeypatch: pytest.MonkeyP
     assert frames[-3].json["retryable"] is True
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "counted"),
+    [
+        ({"a/w1": answer}, {"decisions placed": 1}),
+        ({"a/w1": lost(), "a/w2": answer}, {"decisions placed": 2, "retries worker_lost": 1}),
+        ({"a/w1": lost_after_a_token}, {"decisions placed": 1, "refused spoken": 1}),
+        ({"a/w1": lost()}, {"decisions placed": 1, "decisions no_worker": 1, "refused no_worker": 1}),
+        (
+            {"a/w1": lost(), "a/w2": lost()},
+            {"decisions placed": 2, "retries worker_lost": 1, "refused attempts": 1},
+        ),
+    ],
+    ids=["answers", "elsewhere", "spoke", "alone", "twice"],
+)
+async def test_what_becomes_of_a_request_is_counted(
+    outcomes: dict[str, Outcome], counted: dict[str, int]
+) -> None:
+    inference = Inference(fleet_of(Lines(outcomes)), lambda: 0.0)
+    async with running({Infer: inference.run}, service="queen", actor="queen") as queen:
+        await queen.read(await queen.submit({"operation": "infer", "model": "m", "prompt": "p"}))
+    found = {
+        " ".join((family.name.rpartition("_")[2], *sample.labels.values())): sample.value
+        for family in inference.measures.collect()
+        for sample in family.samples
+        if sample.value and sample.name.endswith("_total")
+    }
+    (waits,) = (
+        sample.value
+        for family in inference.measures.collect()
+        for sample in family.samples
+        if sample.name == "rbee_schedule_wait_seconds_count"
+    )
+
+    assert (found, waits) == (counted, 1)
+
+
 async def test_a_request_counts_on_its_worker_for_as_long_as_it_runs() -> None:
     counted = {}
 

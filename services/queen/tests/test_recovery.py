@@ -18,6 +18,7 @@ from rbee_contracts.events import AnyEvent, decode_event
 from rbee_contracts.jobs import JobAccepted, JobRecord
 from rbee_contracts.operations import Infer, Operation
 from rbee_contracts.sse import START, Position, parse_event_id
+from rbee_contracts.trace import TraceContext
 from rbee_job_client.frames import FirehoseParser
 from rbee_job_server import JobContext, JobServer, Relay, Submission
 from rbee_queen.journal import StoreJournal
@@ -60,6 +61,7 @@ class LocalHive:
         respond_async: bool = False,
         idempotency_key: str | None = None,
         time_left_s: float | None = None,
+        trace: TraceContext | None = None,
     ) -> JobAccepted:
         await asyncio.sleep(0)
         job = self.server.submit(

@@ -34,8 +34,8 @@ def app_of(answer: Callable[[Request], Awaitable[Response]], path: str = "/v1/co
 
 
 @asynccontextmanager
-async def worker_of(app: object) -> AsyncIterator[Running]:
-    engine = cast(Engine, SimpleNamespace(http_app=app))
+async def worker_of(app: object, *, is_tracing: bool = False) -> AsyncIterator[Running]:
+    engine = cast(Engine, SimpleNamespace(http_app=app, is_tracing=is_tracing))
     async with running({OpenAI: OpenAIHandler(engine)}) as service:
         yield service
 
@@ -128,6 +128,22 @@ async def test_the_app_gets_the_body_byte_for_byte_and_an_id_that_names_the_job(
     assert seen["body"] == raw
     assert seen["headers"]["x-request-id"] == f"corr-1-{job_id}"
     assert seen["headers"]["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("is_tracing", [True, False])
+async def test_an_engine_that_traces_is_told_the_callers_trace(is_tracing: bool) -> None:
+    seen: list[str | None] = []
+    trace = f"00-{'a' * 32}-{'b' * 16}-01"
+
+    async def answer(request: Request) -> Response:
+        seen.append(request.headers.get("traceparent"))
+        return JSONResponse({})
+
+    async with worker_of(app_of(answer), is_tracing=is_tracing) as service:
+        operation = {"operation": "openai", "endpoint": "/v1/completions", "body": {"model": "m"}}
+        await service.read(await service.submit(operation, traceparent=trace))
+
+    assert seen == [trace if is_tracing else None]
 
 
 async def test_a_form_goes_through_base64() -> None:

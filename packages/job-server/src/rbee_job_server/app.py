@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -15,6 +16,7 @@ from rbee_job_server.access import Access, AccessConfig, AccessMiddleware
 from rbee_job_server.correlation import CorrelationMiddleware
 from rbee_job_server.errors import EXCEPTION_HANDLERS, RETRY_AFTER_S, json_response
 from rbee_job_server.guards import BodyLimit, Limits
+from rbee_job_server.metrics import CountRequests, RequestMetrics, build_registry, metrics_route
 from rbee_job_server.routes import job_routes
 from rbee_job_server.server import JobServer
 
@@ -29,6 +31,7 @@ def build_app(
     not_ready: Callable[[], str | None] = lambda: None,
     access: AccessConfig | None = None,
     limits: Limits | None = None,
+    collectors: Sequence[Collector] = (),
 ) -> Starlette:
     """Build a service's app.
 
@@ -36,10 +39,13 @@ def build_app(
         routes: the service's own, after the common ones.
         not_ready: why the service cannot take work now, or None.
         access: who may speak to it; by default whoever does so under a loopback name.
+        collectors: what the service tells at `/metrics` besides its jobs and its requests.
     """
     gate = Access(access)
     max_body_bytes = (limits or Limits()).max_body_bytes
     started = time.monotonic()
+    requests = RequestMetrics()
+    registry = build_registry(server, version, [requests, *collectors])
 
     async def health(_: Request) -> Response:
         return json_response({"status": "ok"})
@@ -62,9 +68,11 @@ def build_app(
             Route("/health", health),
             Route("/ready", ready),
             Route("/v1/info", info),
+            Route("/metrics", metrics_route(registry)),
             *routes,
         ],
         middleware=[
+            Middleware(CountRequests, metrics=requests),
             Middleware(CorrelationMiddleware),
             Middleware(AccessMiddleware, access=gate),
             Middleware(BodyLimit, max_body_bytes=max_body_bytes),

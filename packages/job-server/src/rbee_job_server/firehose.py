@@ -45,7 +45,9 @@ class Firehose:
         self._ring_size = 0
         self._seq = 0
         self._waiters: set[asyncio.Future[None]] = set()
-        self._followers = 0
+        self._followers: set[Follower] = set()
+        self.gaps = 0
+        """How often a follower was told that it has missed something."""
         self._unfollowed_since: float | None = None
         self._last_followed: float | None = None
         self.closed = False
@@ -104,12 +106,13 @@ class Firehose:
 
     def follow(self, after: tuple[str, int] | None, *, output: bool) -> "Follower":
         """Follow from now, or from after `(boot, seq)`."""
-        self._followers += 1
-        return Follower(self, after, output=output)
+        follower = Follower(self, after, output=output)
+        self._followers.add(follower)
+        return follower
 
-    def unfollow(self) -> None:
-        self._followers -= 1
-        if self._followers == 0:
+    def unfollow(self, follower: "Follower") -> None:
+        self._followers.discard(follower)
+        if not self._followers:
             self._unfollowed_since = self._last_followed = self._clock.monotonic()
 
     def frames_after(self, seq: int, *, output: bool) -> tuple[int, list[bytes], bool]:
@@ -125,6 +128,7 @@ class Firehose:
         return b"retry: 500\nid: %b-%d\n\n" % (self._boot, seq)
 
     def gap_frame(self, seq: int) -> bytes:
+        self.gaps += 1
         gap = Gap(
             message="Events were lost; read your jobs again.",
             actor=self._actor,
@@ -137,6 +141,19 @@ class Firehose:
     @property
     def seq(self) -> int:
         return self._seq
+
+    @property
+    def followers(self) -> int:
+        return len(self._followers)
+
+    @property
+    def backlog(self) -> int:
+        """Events that the slowest follower has not taken."""
+        return max((self._seq - follower.seq for follower in self._followers), default=0)
+
+    @property
+    def ring_bytes(self) -> int:
+        return self._ring_size
 
     async def changed(self) -> None:
         waiter = asyncio.get_running_loop().create_future()
@@ -188,5 +205,10 @@ class Follower:
         if self._seq == self._firehose.seq and not self._firehose.closed:
             await self._firehose.changed()
 
+    @property
+    def seq(self) -> int:
+        """The last event that it has taken."""
+        return self._seq
+
     def close(self) -> None:
-        self._firehose.unfollow()
+        self._firehose.unfollow(self)

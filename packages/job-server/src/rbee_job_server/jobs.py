@@ -5,10 +5,11 @@ import enum
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import anyio
 import msgspec
+import structlog
 from msgspec import Struct
 
 from rbee_contracts.errors import RbeeError
@@ -36,10 +37,16 @@ from rbee_contracts.ids import is_step_key
 from rbee_contracts.jobs import JobError, JobRecord, JobState
 from rbee_contracts.operations import Operation, operation_digest
 from rbee_contracts.sse import START, Position
+from rbee_contracts.trace import TraceContext
 from rbee_job_server.clock import Clock
 from rbee_job_server.event_log import MAX_LOG_BYTES, EventLog, LogReader, OutputTooLarge
 from rbee_job_server.journal import Journal, RestoredJob, Said, Step
 from rbee_job_server.staging import Staging
+
+if TYPE_CHECKING:
+    from rbee_job_server.tracing import JobSpan
+
+log = structlog.get_logger(__name__)
 
 E = TypeVar("E", bound=Event)
 
@@ -104,11 +111,13 @@ class Job:
         "_token_fields",
         "_unknown_fields",
         "actor",
+        "caller_trace",
         "correlation_id",
         "created",
         "created_at",
         "deadline_timer",
         "digest",
+        "end_code",
         "error",
         "finished",
         "finished_at",
@@ -124,6 +133,8 @@ class Job:
         "said",
         "scope",
         "seq",
+        "span",
+        "spoke_at",
         "started",
         "started_at",
         "state",
@@ -147,8 +158,12 @@ class Job:
         publisher: Publisher,
         journal: Journal | None = None,
         digest: bytes | None = None,
+        caller_trace: TraceContext | None = None,
+        span: "JobSpan | None" = None,
     ) -> None:
         self.id = job_id
+        self.caller_trace = caller_trace
+        self.span = span
         self.seq = seq
         self.operation = operation
         self.digest = digest or operation_digest(operation)
@@ -175,6 +190,10 @@ class Job:
         self.deadline_timer: asyncio.TimerHandle | None = None
         self.steps: list[Step] = []
         self.has_spoken = False
+        self.spoke_at: float | None = None
+        """When its first output came, in this process."""
+        self.end_code = ""
+        """How it ended, in this process: the code of its terminal event, or `ok`."""
         self.lower_n = 0
         """The place, in the stream below, of the last narration a restored job had relayed from there."""
         self.said: deque[Said] | None = None
@@ -182,14 +201,21 @@ class Job:
         self._token_fields = b""
         """What all plain tokens of this job have in common, as JSON; made for the first one."""
         self._clock = clock
-        self._publisher = publisher
+        self._publisher: Publisher = span or publisher
         self._journal = journal
         self._staging = Staging(self, journal, self._release) if journal is not None else None
         self._said_before: list[AnyEvent] | None = None
 
     @classmethod
     def restored(
-        cls, stored: RestoredJob, *, actor: str, clock: Clock, publisher: Publisher, journal: Journal | None
+        cls,
+        stored: RestoredJob,
+        *,
+        actor: str,
+        clock: Clock,
+        publisher: Publisher,
+        journal: Journal | None,
+        span: "JobSpan | None" = None,
     ) -> "Job":
         """Make a job again from what the journal knows, or without one from what the service below knows.
 
@@ -209,6 +235,8 @@ class Job:
             publisher=publisher,
             journal=journal,
             digest=stored.digest,
+            caller_trace=stored.trace,
+            span=span,
         )
         now = clock.monotonic()
         job.state = stored.state
@@ -239,6 +267,11 @@ class Job:
         return self.finished is not None
 
     @property
+    def trace(self) -> TraceContext | None:
+        """What the service below is told: this job's own span, or without tracing the caller's."""
+        return self.caller_trace if self.span is None else self.span.context
+
+    @property
     def deadline(self) -> float | None:
         """Monotonic time at which the job times out; None while it has no limit or has not started."""
         if self.policy.timeout_s is None or self.started is None:
@@ -266,7 +299,8 @@ class Job:
         if isinstance(event, InferComplete):
             self.usage = event.data.usage
         if self._staging is None:
-            self.has_spoken = self.has_spoken or event.kind == "output"
+            if event.kind == "output" and not self.has_spoken:
+                self.speak()
             self._release(event, body)
         elif not self._staging.closed:
             self._staging.add(event, body, lower_n)
@@ -281,7 +315,8 @@ class Job:
         if log is None or log.closed or log.outputs != index or self.said or not log.has_room(body):
             return False
         if self._staging is None:
-            self.has_spoken = True
+            if not self.has_spoken:
+                self.speak()
         elif not self._staging.pass_output():
             return False
         log.append_output(body)
@@ -297,6 +332,11 @@ class Job:
             self._insert_said(log.outputs if event.kind == "output" else math.inf)
         log.append(event, body)
         self._publisher.publish(event, body, log.position)
+
+    def speak(self) -> None:
+        """Its first output is there."""
+        self.has_spoken = True
+        self.spoke_at = self._clock.monotonic()
 
     def settle(self) -> None:
         """All that was said is out: what held it back is no longer needed."""
@@ -490,6 +530,8 @@ class Job:
 
     def cancel(self, reason: CancelReason) -> bool:
         """End as cancelled, at once; what runs for it is told to stop and cleans up after that."""
+        if not self.is_finished:
+            log.info("job_cancelled", job_id=self.id, correlation_id=self.correlation_id, reason=reason.value)
         message = _CANCEL_MESSAGES[reason]
         event = ExecuteCancelled(
             code=reason.value, formatted=self._formatted(message), **self._common(message)
@@ -504,6 +546,7 @@ class Job:
         self.state = state
         self.finished = self._clock.monotonic()
         self.finished_at = self._clock.timestamp()
+        self.end_code = getattr(event, "code", "ok")
         self.disarm()
         if self.deadline_timer is not None:
             self.deadline_timer.cancel()
@@ -566,6 +609,7 @@ class Job:
             "idempotency_key": self.idempotency_key,
             "digest": self.digest.hex(),
             "time_left_s": None if deadline is None else max(0.0, deadline - self._clock.monotonic()),
+            "traceparent": None if self.caller_trace is None else self.caller_trace.traceparent,
         }
 
     def _common(self, message: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rbee_contracts.events import Usage
 from rbee_contracts.jobs import JobError, JobPage, JobRecord, JobState
 from rbee_contracts.operations import Operation
 from rbee_contracts.sse import Position
+from rbee_contracts.trace import TraceContext
 
 if TYPE_CHECKING:
     from rbee_job_server.jobs import Job, JobPolicy
@@ -64,6 +65,7 @@ class RestoredJob(Struct, frozen=True, kw_only=True):
     result: object
     said: list[Said]
     steps: list[Step]
+    trace: TraceContext | None = None
 
 
 class Journal(Protocol):

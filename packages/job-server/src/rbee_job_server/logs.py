@@ -11,16 +11,26 @@ import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import Processor
 
+from rbee_job_server.log_search import LogRing
+
 LEVELS = ("debug", "info", "warning", "error")
 
 
-def configure_logging(*, service: str, level: str = "info", stream: TextIO | None = None, **ids: str) -> None:
+def configure_logging(
+    *,
+    service: str,
+    level: str = "info",
+    stream: TextIO | None = None,
+    ring: LogRing | None = None,
+    **ids: str,
+) -> None:
     """Send structlog's and the standard library's log to one stream, one event a line.
 
     Args:
         service: stands as `service` on every line, e.g. `hive/box1`.
         ids: stand on every line too, e.g. `hive_id`.
         stream: standard error by default; JSON where it is not a terminal.
+        ring: keeps the newest lines, as JSON.
     """
     stream = stream or sys.stderr
     shared: list[Processor] = [
@@ -30,14 +40,19 @@ def configure_logging(*, service: str, level: str = "info", stream: TextIO | Non
         _add({"service": service} | ids),
     ]
     # Tracebacks without local variables: those hold prompts and tokens.
-    renderers: list[Processor] = (
-        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
-        if stream.isatty()
-        else [
-            structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
-            structlog.processors.JSONRenderer(_to_json),
-        ]
-    )
+    to_dicts = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
+    to_json = structlog.processors.JSONRenderer(_to_json)
+    kept: list[Processor] = [] if ring is None else [ring]
+    renderers: list[Processor] = [to_dicts, to_json, *kept]
+    if stream.isatty():
+
+        def keep(logger: Any, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+            if ring is not None:
+                ring.keep(str(to_json(logger, name, to_dicts(logger, name, dict(event)))))
+            return event
+
+        to_person = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        renderers = [keep, to_person]
     # Ours goes straight to the stream: what vLLM imports sets the root logger's level as it likes.
     structlog.configure(
         processors=[*shared, *renderers],

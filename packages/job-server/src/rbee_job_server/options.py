@@ -22,7 +22,7 @@ def add_guard_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--token-file",
         metavar="FILE",
-        help="holds the token that every caller must bring (default: the one in RBEE_TOKEN)",
+        help="holds the token that every caller must bring (default: RBEE_TOKEN_FILE, else RBEE_TOKEN)",
     )
     group.add_argument(
         "--allowed-host",

@@ -1,7 +1,7 @@
 """The table of jobs: who is in it, under which id and key, in which order, and for how long."""
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rbee_contracts.errors import Conflict, Gone, InvalidRequest, NotFound
 from rbee_contracts.jobs import JobPage, JobState
@@ -46,9 +46,14 @@ def parse_cursor(cursor: str | None) -> int | None:
 
 
 class JobRegistry:
-    """Jobs by id, newest last. Only the job server adds; only `sweep` takes away."""
+    """Jobs by id, newest last. Only the job server adds; only `sweep` takes away.
 
-    def __init__(self) -> None:
+    Args:
+        on_ended: called once for each job that has ended, by the next `sweep`.
+    """
+
+    def __init__(self, on_ended: Callable[[Job], None] = lambda _: None) -> None:
+        self._on_ended = on_ended
         self._jobs: dict[str, Job] = {}
         self._by_key: dict[str, Job] = {}
         self._next_seq = 1
@@ -84,6 +89,10 @@ class JobRegistry:
         self._jobs[job.id] = self._unfinished[job.id] = job
         if job.idempotency_key is not None:
             self._by_key[job.idempotency_key] = job
+
+    def unfinished(self) -> list[Job]:
+        """Give the jobs that have not ended."""
+        return [job for job in self._unfinished.values() if not job.is_finished]
 
     def get(self, job_id: str) -> Job:
         """Give a job.
@@ -196,6 +205,7 @@ class JobRegistry:
         for job in ended:
             del self._unfinished[job.id]
             self._finished.append(job)
+            self._on_ended(job)
             if job.log is not None:
                 self._logs.append(job)
                 self._log_bytes += job.log.size

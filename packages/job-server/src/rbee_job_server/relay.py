@@ -6,6 +6,7 @@ one that is missing is noticed: the lower job's own stream is then read from the
 """
 
 import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, NoReturn, Protocol
@@ -32,9 +33,11 @@ from rbee_contracts.ids import hop_job_id, step_key
 from rbee_contracts.jobs import JobAccepted, JobRecord
 from rbee_contracts.operations import Operation
 from rbee_contracts.sse import START, Position, parse_event_id
+from rbee_contracts.trace import TraceContext
 from rbee_job_server.context import JobContext
 from rbee_job_server.jobs import Job
 from rbee_job_server.journal import JobLost, Step
+from rbee_job_server.metrics.relay import Handed
 
 log = structlog.get_logger(__name__)
 
@@ -92,6 +95,7 @@ class LowerService(Protocol):
         respond_async: bool = False,
         idempotency_key: str | None = None,
         time_left_s: float | None = None,
+        trace: TraceContext | None = None,
     ) -> JobAccepted: ...
 
     async def cancel(self, job_id: str, *, correlation_id: str | None = None) -> bool: ...
@@ -245,22 +249,31 @@ class Relay:
         self._disconnected.set()
         self._rereads = anyio.CapacityLimiter(REREADS_AT_ONCE)
         self._tasks: TaskGroup | None = None
+        self.handed = Handed()
 
     @property
     def steps(self) -> int:
         """How many steps are under way."""
         return len(self._sinks)
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the lower service is followed now."""
+        return not self._disconnected.is_set()
+
     async def run(self) -> NoReturn:
         """Follow the lower service until cancelled."""
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
             async for events in self._client.follow_raw(on_connection=self._on_connection):
+                read_at = time.perf_counter()
                 for event in events:
                     if isinstance(event, bytes):
                         self._pass_on(event)
                     else:
                         self._dispatch(event)
+                self.handed.pieces += 1
+                self.handed.seconds += time.perf_counter() - read_at
         raise RuntimeError(f"the follower of {self._name} has ended")
 
     async def perform(self, context: JobContext, operation: Operation, *, step: str, attempt: int = 0) -> Any:
@@ -278,6 +291,22 @@ class Relay:
         job = context.job
         key = step_key(job.id, step, attempt)
         job_id = hop_job_id(self._service, key)
+        if job.span is None:
+            return await self._perform(context, operation, step, attempt, key, job_id, job.trace)
+        with job.span.attempt(operation.name, attempt, peer=self._name, lower_job_id=job_id) as trace:
+            return await self._perform(context, operation, step, attempt, key, job_id, trace)
+
+    async def _perform(
+        self,
+        context: JobContext,
+        operation: Operation,
+        step: str,
+        attempt: int,
+        key: str,
+        job_id: str,
+        trace: TraceContext | None,
+    ) -> Any:
+        job = context.job
         is_recorded = job.find_step(step, attempt) is not None
         sink = _Sink(job, job_id, Position(job.lower_n, 0) if is_recorded else START)
         self._sinks[job_id.encode()] = sink
@@ -290,6 +319,7 @@ class Relay:
                 respond_async=True,
                 idempotency_key=key,
                 time_left_s=context.time_left_s,
+                trace=trace,
             )
 
         sink.submit = submit
@@ -412,6 +442,7 @@ class Relay:
             else:
                 self._reread(sink, (event, position))
         elif isinstance(event, Gap):
+            self.handed.gaps += 1
             log.warning("firehose_gap", peer=self._name, steps=len(self._sinks))
             for owned in self._sinks.values():
                 self._reread(owned)
@@ -422,6 +453,7 @@ class Relay:
             sink.had_gap = True  # it is read as soon as it is submitted, or once more
         elif self._tasks is not None:
             sink.missed = list(missed)
+            self.handed.rereads += 1
             self._tasks.start_soon(self._catch_up, sink)
 
     async def _catch_up(self, sink: _Sink) -> None:

@@ -19,6 +19,7 @@ from rbee_job_server.jobs import CancelReason
 from rbee_job_server.registry import MAX_PAGE
 from rbee_job_server.server import JobServer, Submission
 from rbee_job_server.streams import STREAM_HEADERS, EventStreamResponse
+from rbee_job_server.tracing import trace_of
 
 RETRY_FRAME = b"retry: 500\n\n"
 DEFAULT_PAGE = 50
@@ -63,6 +64,7 @@ class _JobRoutes:
                 idempotency_key=key,
                 time_left_s=time_left_s(request),
                 unknown_fields={} if from_hop else unknown_fields(body, operation),
+                trace=trace_of(request),
             )
         )
         await self._server.durable()

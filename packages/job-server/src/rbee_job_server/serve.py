@@ -23,6 +23,7 @@ from rbee_job_server.guards import Limits, allow_open_files
 from rbee_job_server.protocol import guarded
 from rbee_job_server.server import JobServer
 from rbee_job_server.sockets import notice_gone_peers
+from rbee_job_server.systemd import Reporter
 
 log = structlog.get_logger(__name__)
 
@@ -189,6 +190,7 @@ async def serve(
     on_stop: Callable[[], Awaitable[None]] | None = None,
     on_crash: Callable[[], None] = lambda: None,
     on_leave: Callable[[], None] | None = None,
+    reporter: Reporter | None = None,
 ) -> int:
     """Serve until a signal or a failure, then stop in order; give the exit code.
 
@@ -204,6 +206,7 @@ async def serve(
         on_crash: called at once when a loop has crashed: ends what must not outlive the process.
         on_leave: called on SIGUSR1, which then stops the service without draining, and leaves its jobs and
             what runs for them to the next run. Without it that signal is not taken.
+        reporter: tells the service manager how the service is; none is told without it.
     """
     allow_open_files(config.limits.max_connections)
     web = _Server(
@@ -221,6 +224,8 @@ async def serve(
     )
     ending = _Ending(on_crash)
     web_ended = anyio.Event()
+    reporter = reporter or Reporter()
+    reporter.watch("jobs", lambda: server.last_round)
 
     async def run_web() -> None:
         try:
@@ -256,9 +261,12 @@ async def serve(
         log.info("listening", host=host, port=port)
         if on_listening is not None:
             await on_listening()
+        reporter.ready()
+        group.start_soon(ending.supervise, reporter.run, "Reporter.run")
         await ending.stop.wait()
 
         server.stopping = True
+        reporter.stopping(config.drain_timeout_s)
         if ending.exit_code == EXIT_OK:
             log.info("draining", timeout_s=config.drain_timeout_s)
             with ending.draining:

@@ -21,13 +21,16 @@ from rbee_contracts.ids import hop_job_id, is_hop_job_id, is_step_key, new_job_i
 from rbee_contracts.jobs import JobPage, JobRecord, JobState
 from rbee_contracts.operations import Infer, OpenAI, Operation, WorkerSpawn
 from rbee_contracts.sse import START, Position
+from rbee_contracts.trace import TraceContext
 from rbee_job_server.clock import Clock, SystemClock
 from rbee_job_server.context import JobContext, enter
 from rbee_job_server.event_log import LogReader
 from rbee_job_server.firehose import Firehose
 from rbee_job_server.jobs import CancelReason, Job, JobPolicy
 from rbee_job_server.journal import Journal, RestoredJob
+from rbee_job_server.metrics.jobs import JobMetrics
 from rbee_job_server.registry import JobRegistry, output_expired, parse_cursor
+from rbee_job_server.tracing import JobSpan, Tracer
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +43,29 @@ SWEEP_EVERY_S = 1.0
 
 RETURN_WINDOW_S = 15.0
 """After a restart readers have at least this long to come back; their own waits between tries grow to 5 s."""
+
+OWN_WORDS = frozenset(
+    {
+        *(
+            "no_worker",
+            "no_hive",
+            "hive_lost",
+            "hive_unreachable",
+            "unreachable",
+            "shutting_down",
+            "draining",
+        ),
+        *(
+            "worker_lost",
+            "worker_not_found",
+            "worker_not_ready",
+            "engine_died",
+            "job_lost",
+            "cancelled_below",
+        ),
+    }
+)
+"""Failures of inferences that are explained by rbee itself; what an engine says may quote the request."""
 
 DEFAULT_TIMEOUTS_S: dict[type[Operation], float] = {WorkerSpawn: 1800.0}
 """Limits of operations whose request names none; what is not here has no limit."""
@@ -67,6 +93,7 @@ class Submission(Struct, frozen=True, kw_only=True):
     idempotency_key: str | None = None
     time_left_s: float | None = None
     unknown_fields: dict[str, str | None] = {}
+    trace: TraceContext | None = None
 
 
 class JobServer:
@@ -79,6 +106,7 @@ class JobServer:
         admit: called before a job is made; what it raises is the answer to the submit.
         journal: what makes jobs outlive the process; without it they end with it.
         read_output: reads a finished job's output below again, for one that was restored.
+        tracer: makes a span of each job; None where tracing is off.
     """
 
     def __init__(
@@ -92,18 +120,21 @@ class JobServer:
         clock: Clock | None = None,
         journal: Journal | None = None,
         read_output: ReadOutput | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self.service = service
         self.actor = actor
         self.boot = secrets.token_hex(8)
         self.clock = clock or SystemClock()
-        self.registry = JobRegistry()
+        self.metrics = JobMetrics()
+        self.registry = JobRegistry(self.metrics.ended)
         self.firehose = Firehose(self.boot, actor, self.clock)
         self.stopping = False
         self.keeps_jobs = False
         """Whether a stop lets go of jobs instead of ending them: what runs below goes on for the next run."""
         self._journal = journal
         self._read_output = read_output
+        self._tracer = tracer
         self._restored: list[Job] = []
         self._rebuilding: dict[str, anyio.Lock] = {}
         self._handlers = handlers
@@ -111,6 +142,8 @@ class JobServer:
         self._config = config or JobServerConfig()
         self._tasks: TaskGroup | None = None
         self._running: set[Job] = set()
+        self.last_round = math.inf
+        """When `run` has last gone through the jobs, by the loop's clock."""
         self._ended: set[asyncio.Event] = set()
         """Set when a job's handler has ended, for those who wait for that."""
 
@@ -125,17 +158,29 @@ class JobServer:
             self._restored.clear()
             task_status.started()
             while True:
-                await anyio.sleep(SWEEP_EVERY_S)
+                await self.metrics.sleep(SWEEP_EVERY_S)
+                self.last_round = anyio.current_time()
                 self._sweep()
 
     def restore(self, stored: RestoredJob) -> None:
         """Take a job over from the run before; called before `run`."""
+        tracer = self._tracer if stored.finished_at is None else None
         job = Job.restored(
-            stored, actor=self.actor, clock=self.clock, publisher=self.firehose, journal=self._journal
+            stored,
+            actor=self.actor,
+            clock=self.clock,
+            publisher=self.firehose,
+            journal=self._journal,
+            span=None if tracer is None else tracer.resume(stored, self.firehose),
         )
         self.registry.add(job)
         if not job.is_finished:
             self._restored.append(job)
+
+    @property
+    def running(self) -> int:
+        """How many jobs run now."""
+        return len(self._running)
 
     async def durable(self) -> None:
         """Wait until everything that was decided so far outlives the process."""
@@ -208,8 +253,9 @@ class JobServer:
         if self._tasks is None:
             raise Unavailable("The service is starting; submit again in a moment.")
         self._admit(operation)
+        job_id = hop_id or new_job_id()
         job = Job(
-            job_id=hop_id or new_job_id(),
+            job_id=job_id,
             seq=self.registry.take_seq(),
             operation=operation,
             correlation_id=submission.correlation_id,
@@ -220,8 +266,11 @@ class JobServer:
             clock=self.clock,
             publisher=self.firehose,
             journal=self._journal,
+            caller_trace=submission.trace,
+            span=None if self._tracer is None else self._begin_span(self._tracer, job_id, submission),
         )
         self.registry.add(job)
+        self.metrics.submitted(job)
         if self._journal is not None:
             self._journal.accepted(job)
         log.info("job_accepted", job_id=job.id, operation=operation.name, correlation_id=job.correlation_id)
@@ -230,6 +279,15 @@ class JobServer:
         else:
             self._await_reader(job, self._config.unread_timeout_s, CancelReason.NOT_READ)
         return job
+
+    def _begin_span(self, tracer: Tracer, job_id: str, submission: Submission) -> JobSpan:
+        return tracer.begin(
+            job_id=job_id,
+            operation=submission.operation,
+            correlation_id=submission.correlation_id,
+            parent=submission.trace,
+            publisher=self.firehose,
+        )
 
     async def find(self, job_id: str) -> JobRecord:
         """Give a job's record, also when it is no longer in memory; what it tells outlives the process.
@@ -362,7 +420,12 @@ class JobServer:
             for ended in self._ended:
                 ended.set()
             log.info(
-                "job_ended", operation=job.operation.name, state=job.state, code=job.error and job.error.code
+                "job_ended",
+                operation=job.operation.name,
+                state=job.state,
+                code=job.end_code or None,
+                first_output_s=_passed(job.started, job.spoke_at),
+                duration_s=_passed(job.created, job.finished),
             )
 
     async def _handle(self, job: Job, context: JobContext) -> None:
@@ -386,7 +449,8 @@ class JobServer:
             job.time_out()
             return
         if isinstance(exc, RbeeError):
-            log.warning("job_failed", code=exc.code, details=None if is_private else exc.details)
+            is_told = not is_private or exc.code in OWN_WORDS
+            log.warning("job_failed", code=exc.code, details=exc.details if is_told else None)
             try:
                 job.fail(exc)
             except UnicodeError as unsayable:
@@ -408,6 +472,10 @@ class JobServer:
 def _is_being_cancelled() -> bool:
     task = asyncio.current_task()
     return anyio.current_effective_deadline() == -math.inf or (task is not None and task.cancelling() > 0)
+
+
+def _passed(begin: float | None, end: float | None) -> float | None:
+    return None if begin is None or end is None else round(end - begin, 3)
 
 
 def _policy(submission: Submission) -> JobPolicy:

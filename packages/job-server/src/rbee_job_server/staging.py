@@ -50,7 +50,7 @@ class Staging:
             self.outputs += 1
             is_gate = not self._job.has_spoken
             if is_gate:
-                self._job.has_spoken = True
+                self._job.speak()
                 self._journal.speaks(self._job)
             elif not self._held:
                 self._release(event, body)

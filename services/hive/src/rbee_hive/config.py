@@ -14,7 +14,16 @@ from rbee_hive import VERSION
 from rbee_hive.devices.machine import DeviceChoice
 from rbee_hive.devices.reservations import DeviceKey
 from rbee_hive.settings import SETTINGS
-from rbee_hive.sources import BadSetting, Value, Values, build_parser, parse_flags, read_values, show
+from rbee_hive.sources import (
+    END_WORKERS,
+    BadSetting,
+    Value,
+    Values,
+    build_parser,
+    parse_flags,
+    read_values,
+    show,
+)
 from rbee_hive.supervisor.machine import Policy
 from rbee_job_server.access import AccessConfig
 from rbee_job_server.guards import Limits
@@ -60,9 +69,11 @@ class HiveConfig(Struct, frozen=True, kw_only=True):
 
     Args:
         model_roots: further folders with models, which are only read.
+        preload: models that are loaded at the start.
         labels: what the scheduler and people tell hives apart by.
         kept_free: bytes that no worker gets, by device.
         peers: whether models are taken from other hives, and given to them.
+        otlp_endpoint: the collector that takes traces; None for no tracing. Its workers get it too.
     """
 
     hive_id: str
@@ -77,6 +88,7 @@ class HiveConfig(Struct, frozen=True, kw_only=True):
     access: AccessConfig = AccessConfig()
     limits: Limits = Limits()
     model_roots: tuple[Path, ...] = ()
+    preload: tuple[str, ...] = ()
     labels: dict[str, str] = {}
     peers: bool = True
     hub: HubConfig = HubConfig()
@@ -85,14 +97,19 @@ class HiveConfig(Struct, frozen=True, kw_only=True):
     supervision: Policy = Policy()
     worker_ports: PortRange = PortRange()
     worker_logs: LogLimits = LogLimits()
+    otlp_endpoint: str | None = None
 
 
 class Loaded(Struct, frozen=True, kw_only=True):
-    """The configuration, and the settings it was made of as TOML. `is_shown`: they are all that was asked."""
+    """The configuration, and the settings it was made of as TOML. `is_shown`: they are all that was asked.
+
+    `ends_workers`: what was asked is to end the workers that a hive has left.
+    """
 
     config: HiveConfig
     text: str
     is_shown: bool
+    ends_workers: bool = False
 
 
 def load(argv: list[str], environ: Mapping[str, str], *, system_file: Path = SYSTEM_FILE) -> Loaded:
@@ -156,6 +173,7 @@ def load(argv: list[str], environ: Mapping[str, str], *, system_file: Path = SYS
         access=guarding.access,
         limits=guarding.limits,
         model_roots=tuple(_path(root) for root in values.get("model_roots")),
+        preload=tuple(values.get("preload")),
         labels={key: value.value for key, value in values.labels.items()},
         peers=values.get("peers"),
         hub=HubConfig(
@@ -172,13 +190,19 @@ def load(argv: list[str], environ: Mapping[str, str], *, system_file: Path = SYS
             parts=values.get("workers.log_parts"),
             workers=values.get("workers.logs_kept"),
         ),
+        otlp_endpoint=values.get("otlp_endpoint"),
     )
     note = [
         f"rbee-hive {VERSION}. Behind each value: where it came from (flag, environment, file, default).",
         f"file: {values.file or 'none'}",
         f"token: {'set (hidden)' if config.access.token else 'none'}",
     ]
-    return Loaded(config=config, text=show(values, note=note), is_shown=bool(args.command))
+    return Loaded(
+        config=config,
+        text=show(values, note=note),
+        is_shown=args.command == ["config"],
+        ends_workers=args.command == [END_WORKERS],
+    )
 
 
 def parse(argv: list[str], environ: Mapping[str, str]) -> HiveConfig:

@@ -20,6 +20,8 @@ from rbee_hive.supervisor.workers import Workers
 from rbee_hive.telemetry import Telemetry
 from rbee_job_server import Handlers, JobContext
 
+log = structlog.get_logger(__name__)
+
 NEW_WORK = (Infer, OpenAI, WorkerSpawn, ModelLoad, ModelDownload)
 """What a draining hive refuses."""
 
@@ -68,6 +70,7 @@ class HiveHandlers:
         else:
             worker = self._workers.serving(op.worker_id)
         structlog.contextvars.bind_contextvars(worker_id=worker.id)
+        log.info("infer_placed")
         context.narrate(
             "infer_worker",
             f"Running on {worker.id}.",

@@ -1,16 +1,20 @@
 """The hive: one machine, one job server, its workers."""
 
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import anyio.to_thread
 import structlog
 
+from rbee_hive import VERSION
 from rbee_hive.app import build_hive_app
 from rbee_hive.check import HiveChecker
 from rbee_hive.config import HiveConfig
 from rbee_hive.devices import Devices, Reservations
 from rbee_hive.handlers import HiveHandlers
+from rbee_hive.log_search import HiveLogs
+from rbee_hive.metrics import HiveCollector, model_labels
 from rbee_hive.models import (
     Downloads,
     ModelHandlers,
@@ -19,17 +23,24 @@ from rbee_hive.models import (
     read_hub_access,
     users_by_model,
 )
+from rbee_hive.preload import Preload
 from rbee_hive.presence import Presence
 from rbee_hive.rebuild import rebuild
 from rbee_hive.supervisor.handlers import WorkerHandlers
-from rbee_hive.supervisor.workers import Workers
+from rbee_hive.supervisor.workers import LOGS_FOLDER, Workers
 from rbee_hive.telemetry import Telemetry
 from rbee_job_server import JobServer, ServeConfig, bind, serve
+from rbee_job_server.log_search import LogRing
+from rbee_job_server.systemd import Notifier, Reporter
+from rbee_job_server.tracing import open_tracer
 
 log = structlog.get_logger(__name__)
 
+ADOPT_LIMIT_S = 60.0
+"""What the service manager is told that each step of taking up workers and their jobs may last."""
 
-async def run(config: HiveConfig, environ: Mapping[str, str]) -> int:
+
+async def run(config: HiveConfig, environ: Mapping[str, str], notifier: Notifier, logs: LogRing) -> int:
     """Serve until a signal or a failure, stop every worker, give the exit code.
 
     A crash and SIGUSR1 leave the workers, and what runs on them, to the next hive.
@@ -55,7 +66,9 @@ async def run(config: HiveConfig, environ: Mapping[str, str]) -> int:
 
     workers = Workers(config, devices, find_model, reservations, environ)
     models.users = lambda: users_by_model(workers.infos())
+    notifier.starting("taking up the workers of the hive before", ADOPT_LIMIT_S)
     await workers.adopt()
+    notifier.starting(f"asking {len(workers.all())} workers for their jobs", ADOPT_LIMIT_S)
     telemetry = Telemetry(
         hive_id=config.hive_id,
         labels=config.labels,
@@ -66,20 +79,33 @@ async def run(config: HiveConfig, environ: Mapping[str, str]) -> int:
         is_sim=config.worker_engine == "sim",
     )
     handlers = HiveHandlers(config.hive_id, workers, telemetry)
+    actor = f"hive/{config.hive_id}"
+    tracer = open_tracer(config.otlp_endpoint, service="hive", instance=actor, version=VERSION)
     server = JobServer(
         service="hive",
-        actor=f"hive/{config.hive_id}",
+        actor=actor,
         handlers={
             **handlers.table(),
             **WorkerHandlers(workers, telemetry.devices).table(),
             **ModelHandlers(models, downloads).table(),
             **HiveChecker(config, devices, hub.endpoint).table(),
+            **HiveLogs(logs, actor, config.state_dir / LOGS_FOLDER).table(),
         },
         admit=handlers.admit,
+        tracer=tracer,
     )
     restored = await rebuild(server, workers.all(), config.hive_id, datetime.now(UTC))
     log.info("restored", workers=len(workers.all()), jobs=restored)
     presence = Presence(config, server.boot, workers, telemetry)
+    preload = Preload(config.preload, server, workers.infos)
+
+    def describe() -> str:
+        states = Counter(worker.life.state for worker in workers.all())
+        told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+        return f"workers: {told or 'none'}; jobs running: {server.running}"
+
+    collector = HiveCollector(workers, telemetry, downloads, presence)
+    server.metrics.models = lambda: model_labels(workers.all())
 
     async def announce() -> None:
         await presence.announce(sock.getsockname()[1])
@@ -96,7 +122,9 @@ async def run(config: HiveConfig, environ: Mapping[str, str]) -> int:
 
     try:
         return await serve(
-            build_hive_app(config, server, presence, telemetry, models),
+            build_hive_app(
+                config, server, presence, telemetry, models, workers, preload.not_ready, [collector]
+            ),
             server,
             sock,
             ServeConfig(
@@ -105,10 +133,17 @@ async def run(config: HiveConfig, environ: Mapping[str, str]) -> int:
                 drain_timeout_s=config.drain_timeout_s,
                 limits=config.limits,
             ),
-            loops=[workers.run, downloads.run, presence.beat, announce],
+            loops=[workers.run, downloads.run, presence.beat, announce, preload.run],
             on_stop=stop,
             on_crash=leave,
             on_leave=leave,
+            reporter=Reporter(
+                notifier,
+                describe=describe,
+                vital={"workers": lambda: workers.last_round, "heartbeats": lambda: presence.last_beat},
+            ),
         )
     finally:
         devices.close()
+        if tracer is not None:
+            tracer.close()

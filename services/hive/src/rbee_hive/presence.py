@@ -42,6 +42,8 @@ class Presence:
         self._workers = workers
         self._telemetry = telemetry
         self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        self.last_beat = math.inf
+        """When a heartbeat was last published, by the loop's clock."""
 
     async def beat(self) -> None:
         """Publish a heartbeat every second, and soon after a worker has changed, for ever.
@@ -55,7 +57,7 @@ class Presence:
             while True:
                 changed = self._workers.changed
                 self.beats.publish(self._telemetry.heartbeat(self._boot))
-                now = anyio.current_time()
+                self.last_beat = now = anyio.current_time()
                 due = next_due(due, now)
                 with anyio.move_on_after(due - now) as until_due:
                     await changed.wait()

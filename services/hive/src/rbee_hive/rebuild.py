@@ -24,6 +24,7 @@ from rbee_hive.supervisor.worker import Running, Worker
 from rbee_job_server import JobServer
 from rbee_job_server.jobs import JobPolicy
 from rbee_job_server.journal import RestoredJob, Said, Step
+from rbee_job_server.tracing import trace_above
 
 log = structlog.get_logger(__name__)
 
@@ -120,6 +121,7 @@ def restored_job(
         result=None,
         said=list(_said(record, job_id, operation, worker, hive_id)),
         steps=[Step(step=step, attempt=attempt, where=worker.id, lower_job_id=record.job_id)],
+        trace=trace_above(record.traceparent, job_id) if is_of_a_queen else None,
     )
 
 

@@ -8,8 +8,14 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from msgspec import Meta
 
-from rbee_contracts.ids import HIVE_ID_PATTERN
+from rbee_contracts.ids import HIVE_ID_PATTERN, ModelId
 from rbee_job_server.logs import LEVELS
+from rbee_job_server.tracing import (
+    ENDPOINT_HELP,
+    ENDPOINT_PATTERN,
+    ENDPOINT_WORDS,
+    STANDARD_ENDPOINT_VARIABLE,
+)
 
 Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=31_536_000)]
 Count: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -75,6 +81,8 @@ SETTINGS: tuple[Setting, ...] = (
             "the models folder"),
     Setting("model_roots", "--model-root", list[Annotated[str, Meta(min_length=1)]], "a list of folders",
             "a further folder with models, which is only read; repeatable", [], repeats=True),
+    Setting("preload", "--preload", list[ModelId], "a list of models",
+            "a model that is loaded at the start; repeatable", [], repeats=True),
     Setting("state_dir", "--state-dir", Annotated[str, Meta(min_length=1)], "a folder",
             "worker logs and records are kept here"),
     Setting("drain_timeout_s", "--drain-timeout-s", Annotated[float, Meta(ge=0, le=86_400)],
@@ -91,6 +99,8 @@ SETTINGS: tuple[Setting, ...] = (
             "(default: with a token any name)", [], repeats=True),
     Setting("max_body_bytes", "--max-body-bytes", Annotated[int, Meta(ge=1)], SIZE_WORDS,
             "largest body of a request", 1_000_000, is_size=True),
+    Setting("otlp_endpoint", "--otlp-endpoint", Annotated[str, Meta(pattern=ENDPOINT_PATTERN)],
+            ENDPOINT_WORDS, ENDPOINT_HELP, is_url=True, also=STANDARD_ENDPOINT_VARIABLE),
     Setting("hub.endpoint", "--hub-endpoint", Annotated[str, Meta(pattern=r"^https?://[^/?#\s@]+(/[^?#\s]*)?\Z")],
             "an http:// or https:// URL", "the model hub (default: the one of huggingface_hub)",
             is_url=True, also="HF_ENDPOINT"),

@@ -34,6 +34,9 @@ NO_FILE = "none"
 
 DEVICES = "devices"
 
+END_WORKERS = "end-workers"
+COMMANDS = ("config", END_WORKERS)
+
 
 class BadSetting(Exception):
     """A value that cannot be used; the message is the one line for who started the hive."""
@@ -81,8 +84,9 @@ def build_parser(prog: str, description: str) -> Parser:
         "command",
         nargs="*",
         default=[],
-        metavar="config",
-        help="print the settings in effect, and end",
+        metavar=f"config|{END_WORKERS}",
+        help="config: print the settings in effect, and end; "
+        f"{END_WORKERS}: end the workers that a hive has left, and end",
     )
     parser.add_argument(
         "--config", metavar="FILE", help=f"the settings' file, in TOML; '{NO_FILE}' reads none"
@@ -127,8 +131,10 @@ def parse_flags(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         ]
         near = difflib.get_close_matches(name, known, n=1)
         parser.error(f"there is no flag {name}." + (f" Did you mean {near[0]}?" if near else ""))
-    if args.command not in ([], ["config"]):
-        parser.error(f"there is no command {' '.join(args.command)[:100]}. Did you mean config?")
+    if args.command and args.command not in ([name] for name in COMMANDS):
+        given = " ".join(args.command)[:100]
+        near = difflib.get_close_matches(given, COMMANDS, n=1) or ["config"]
+        parser.error(f"there is no command {given}. Did you mean {near[0]}?")
     return args
 
 

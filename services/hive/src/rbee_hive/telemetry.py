@@ -155,6 +155,16 @@ class Telemetry:
         """Give the devices as of the newest reading, with what is promised on them and to whom."""
         return with_promises(self._device_part.value, self._reservations, self._workers.owners())
 
+    @property
+    def disk(self) -> Disk | None:
+        """The disk of the models folder as of the newest reading; None before the first."""
+        return self._disk_part.value
+
+    @property
+    def models(self) -> int:
+        """How many models lay here at the newest reading."""
+        return len(self._model_part.value)
+
     def heartbeat(self, boot: str) -> HiveHeartbeat:
         """Tell how the hive is now. Waits for nothing.
 

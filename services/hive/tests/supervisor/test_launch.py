@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from msgspec import structs
 
 from rbee_contracts.errors import InvalidRequest
 from rbee_contracts.operations import WorkerSpawn
@@ -112,6 +113,14 @@ def test_a_worker_is_told_how_long_it_may_be_without_its_hive() -> None:
     assert line[line.index("--hive-absence-s") + 1] == "77"
 
 
+def test_a_worker_is_told_where_traces_go() -> None:
+    traced = structs.replace(config("sim"), otlp_endpoint="http://127.0.0.1:4318")
+    line = command_line(traced, "m", (), worker_id="w", model_path="/m", listen_fd=7, token_fd=8, devices=[0])
+
+    assert line[line.index("--otlp-endpoint") + 1] == "http://127.0.0.1:4318"
+    assert "--otlp-endpoint" not in command("sim", [0])
+
+
 def test_a_worker_sees_its_devices_only_and_no_token() -> None:
     assert environment({"A": "1"}, "2,3", "n")["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert environment({"A": "1", "RBEE_TOKEN": "of-the-cluster"}, "", "nonce") == {
@@ -132,3 +141,9 @@ def test_a_worker_gets_no_token_of_the_model_hub() -> None:
     given = environment(inherited | {"HF_HOME": "/h"}, "", "n")
     assert not inherited.keys() & given.keys()
     assert given["HF_HOME"] == "/h"
+
+
+def test_a_worker_does_not_hear_of_the_hives_service_manager() -> None:
+    inherited = {"NOTIFY_SOCKET": "/run/n", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1", "TMPDIR": "/run/rbee"}
+
+    assert environment(inherited, "", "nonce").keys() & inherited.keys() == {"TMPDIR"}

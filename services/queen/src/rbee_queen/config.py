@@ -11,6 +11,7 @@ from rbee_job_server.access import AccessConfig
 from rbee_job_server.guards import Limits
 from rbee_job_server.logs import LEVELS
 from rbee_job_server.options import add_guard_options, read_guard_options
+from rbee_job_server.tracing import add_tracing_option, read_tracing_option
 from rbee_queen.fleet.liveness import LOST_AFTER_S, UNREACHABLE_AFTER_S, Patience
 from rbee_queen.openai.aliases import Aliases, BadAlias
 
@@ -39,6 +40,7 @@ class QueenConfig(Struct, frozen=True, kw_only=True):
     access: AccessConfig = AccessConfig()
     limits: Limits = Limits()
     aliases: Aliases = Aliases()
+    otlp_endpoint: str | None = None
 
 
 def parse(argv: list[str], environ: Mapping[str, str]) -> QueenConfig:
@@ -112,6 +114,7 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> QueenConfig:
         default=[],
         help="a LoRA adapter that the workers of a model have under this name; repeatable",
     )
+    add_tracing_option(parser)
     add_guard_options(parser)
     args = parser.parse_args(argv)
     if not 0 <= args.port <= 65535:
@@ -143,4 +146,5 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> QueenConfig:
         access=guarding.access,
         limits=guarding.limits,
         aliases=aliases,
+        otlp_endpoint=read_tracing_option(parser, args, environ),
     )

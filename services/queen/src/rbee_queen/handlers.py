@@ -47,7 +47,7 @@ class QueenHandlers:
     def __init__(self, fleet: Fleet, check: Callable[[JobContext], Awaitable[CheckResult]]) -> None:
         self._fleet = fleet
         self._check = check
-        self._inference = Inference(fleet, time.monotonic)
+        self.inference = Inference(fleet, time.monotonic)
         self._started = time.monotonic()
 
     def table(self) -> Handlers:
@@ -64,7 +64,7 @@ class QueenHandlers:
 
     async def infer(self, op: Infer | OpenAI, context: JobContext) -> Any:
         """Run an inference; see `Inference.run`."""
-        return await self._inference.run(op, context)
+        return await self.inference.run(op, context)
 
     async def forward(self, op: HiveOperation, context: JobContext) -> Any:
         """Have a hive execute one of its operations; what it has done then shows in the fleet."""
@@ -105,7 +105,7 @@ class QueenHandlers:
         return self._fleet.info(op.hive_id)
 
     async def schedule_explain(self, op: ScheduleExplain, _: JobContext) -> Decision:
-        return self._inference.decide(op)
+        return self.inference.decide(op)
 
     async def queen_check(self, _: QueenCheck, context: JobContext) -> CheckResult:
         return await self._check(context)

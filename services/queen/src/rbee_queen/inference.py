@@ -13,7 +13,16 @@ from rbee_contracts.nodes import HiveInfo
 from rbee_contracts.operations import Infer, OpenAI, ScheduleExplain
 from rbee_job_server import JobContext, LowerJobFailed
 from rbee_queen.fleet import Fleet, Hive
-from rbee_queen.retry import HIVE_FAILURES, MAX_ATTEMPTS, Budget, deposited, may_go_elsewhere, withdrawn
+from rbee_queen.metrics.measures import SchedulingMeasures
+from rbee_queen.retry import (
+    HIVE_FAILURES,
+    MAX_ATTEMPTS,
+    Budget,
+    deposited,
+    left,
+    may_go_elsewhere,
+    withdrawn,
+)
 from rbee_queen.scheduler import NoPlacement, Request, Tried, schedule
 
 log = structlog.get_logger(__name__)
@@ -40,6 +49,12 @@ class Inference:
         self._fleet = fleet
         self._now = now
         self._budget = Budget(at=now())
+        self.measures = SchedulingMeasures()
+
+    @property
+    def retries_left(self) -> float:
+        """How many retries there may be now."""
+        return left(self._budget, self._now())
 
     async def run(self, op: Inferring, context: JobContext) -> Any:
         """Run an inference on the least busy worker of its model; before it has spoken, on two at most.
@@ -54,7 +69,12 @@ class Inference:
             self._budget = deposited(self._budget, self._now())
         tried: tuple[Tried, ...] = ()
         earlier = job.earlier(InferSchedule)
-        decision = await self._first(op) if earlier is None else earlier.data
+        if earlier is None:
+            begun = self._now()
+            decision = await self._first(op)
+            self.measures.waited(self._now() - begun)
+        else:
+            decision = earlier.data
         while True:
             context.narrate(
                 "infer_schedule",
@@ -90,6 +110,7 @@ class Inference:
         """
         request = _request(op, tried)
         decision = schedule(self._fleet.snapshot(), request)
+        self.measures.decided(is_placed=not isinstance(decision, NoPlacement))
         if isinstance(decision, NoPlacement):
             raise NoCapacity(_no_worker(request, decision.candidates, self._fleet.infos()), code="no_worker")
         return decision
@@ -97,6 +118,13 @@ class Inference:
     async def _run_on(self, op: Inferring, context: JobContext, decision: Decision, attempt: int) -> Any:
         hive = self._fleet.get(decision.hive_id)
         structlog.contextvars.bind_contextvars(hive_id=hive.id, worker_id=decision.worker_id)
+        log.info(
+            "infer_scheduled",
+            model=decision.model,
+            attempt=attempt,
+            reason=decision.reason,
+            candidates=len(decision.candidates),
+        )
         placed = replace(op, hive_id=hive.id, worker_id=decision.worker_id)
         with _assigned(hive, decision.worker_id):
             return await hive.relay.perform(context, placed, step=op.name, attempt=attempt)
@@ -113,11 +141,15 @@ class Inference:
         if job.is_finished or not may_go_elsewhere(failure.code):
             raise failure
         if job.has_spoken:
+            self.measures.refused("spoken")
             raise _final(failure, retryable=False)  # what was said would be said again
         if len(tried) >= MAX_ATTEMPTS:
+            self.measures.refused("attempts")
             raise _final(failure, f"It had failed on {tried[0].worker_id} of hive {tried[0].hive_id} before.")
         decision = schedule(self._fleet.snapshot(), _request(op, tried))
+        self.measures.decided(is_placed=not isinstance(decision, NoPlacement))
         if isinstance(decision, NoPlacement):
+            self.measures.refused("no_worker")
             others = "; ".join(
                 f"{c.worker_id} on {c.hive_id} {c.reason}"
                 for c in decision.candidates
@@ -127,8 +159,10 @@ class Inference:
             raise _final(failure, f"No other worker can take it{': ' + others if others else ''}.")
         budget = withdrawn(self._budget, self._now())
         if budget is None:
+            self.measures.refused("budget")
             raise _final(failure, "Too many requests are being tried again just now; submit it again later.")
         self._budget = budget
+        self.measures.retried(failure.code)
         return decision
 
     def _tell_retry(self, context: JobContext, before: Decision, after: Decision, failure: RbeeError) -> None:

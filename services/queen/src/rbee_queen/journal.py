@@ -4,6 +4,7 @@ import asyncio
 import datetime
 from collections.abc import Callable
 from functools import partial
+from time import perf_counter
 from typing import NoReturn, TypeVar
 
 import anyio
@@ -17,6 +18,7 @@ from rbee_contracts.sse import Position
 from rbee_job_server import ServiceFailed
 from rbee_job_server.jobs import Job
 from rbee_job_server.journal import Step
+from rbee_queen.metrics.measures import StoreMeasures
 from rbee_queen.store import (
     FirstOutput,
     HiveSeen,
@@ -63,6 +65,12 @@ class StoreJournal:
         self._linger: asyncio.TimerHandle | None = None
         self._in_use = anyio.Lock()
         self._is_writing = False
+        self.measures = StoreMeasures()
+
+    @property
+    def backlog(self) -> int:
+        """Records that wait for the next commit."""
+        return len(self._records)
 
     async def run(self) -> NoReturn:
         """Write what is recorded, for ever.
@@ -77,12 +85,15 @@ class StoreJournal:
             records, self._records = self._records, []
             callbacks, self._callbacks = self._callbacks, []
             self._is_writing = True
+            begun = perf_counter()
             try:
                 await self._use(self._store.write, records)
             except StoreFailed as exc:
                 raise ServiceFailed(f"the store cannot be written: {exc}") from exc
             finally:
                 self._is_writing = False
+            if records:
+                self.measures.committed(len(records), perf_counter() - begun)
             for callback in callbacks:
                 callback()
 
@@ -117,6 +128,7 @@ class StoreJournal:
                 resume_window_s=policy.resume_window_s,
                 timeout_s=policy.timeout_s,
                 created_at=job.created_at,
+                traceparent=None if job.caller_trace is None else job.caller_trace.traceparent,
             )
         )
 

@@ -8,6 +8,7 @@ from rbee_contracts.events import Usage
 from rbee_contracts.jobs import JobError
 from rbee_contracts.operations import AnyOperation
 from rbee_contracts.sse import Position
+from rbee_contracts.trace import parse_trace
 from rbee_job_server import JobServer
 from rbee_job_server.jobs import JobPolicy
 from rbee_job_server.journal import RestoredJob, Said, Step
@@ -65,4 +66,5 @@ def restored_job(stored: StoredJob, now: datetime.datetime) -> RestoredJob:
             Step(step=s.step, attempt=s.attempt, where=s.hive_id, lower_job_id=s.lower_job_id)
             for s in stored.steps
         ],
+        trace=None if accepted.traceparent is None else parse_trace(accepted.traceparent),
     )

@@ -58,6 +58,11 @@ def withdrawn(budget: Budget, now: float) -> Budget | None:
     return None if refilled.left < 1 else Budget(left=refilled.left - 1, at=now)
 
 
+def left(budget: Budget, now: float) -> float:
+    """Give how many retries there may be now."""
+    return _refilled(budget, now).left
+
+
 def _refilled(budget: Budget, now: float) -> Budget:
     passed_s = max(0.0, now - budget.at)
     return Budget(left=min(RESERVE, budget.left + passed_s * RESERVE_PER_S), at=now)

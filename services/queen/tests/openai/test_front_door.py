@@ -195,6 +195,20 @@ async def test_an_unknown_model_is_404_and_near_names_are_told() -> None:
     assert (job.state, answer.headers["X-Job-ID"]) == ("failed", job.id)
 
 
+@pytest.mark.parametrize("body", [{"model": "m"}, {}], ids=["model", "only-model"])
+async def test_a_queen_that_has_just_started_hears_her_hives_before_she_refuses(body: dict[str, Any]) -> None:
+    hives = [hive()]
+
+    async def settled() -> None:
+        hives[:] = [hive(workers=[worker("m")])]
+
+    async with front_door(hives=hives, settled=settled) as service:
+        answer = await service.http.post(CHAT, json=body)
+        job = only_job(service)
+
+    assert (answer.status_code, job.state) == (200, "completed")
+
+
 # --- errors --------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
@@ -55,6 +56,27 @@ def test_the_migrated_tables_are_the_declared_ones_to_the_letter(sqlite_url: str
     with connect(sqlite_url) as connection, connect("sqlite://") as fresh:
         metadata.create_all(fresh)
         assert declared(connection) == declared(fresh)
+
+
+def test_a_database_of_the_first_version_keeps_its_jobs(database_url: str) -> None:
+    database = choose(database_url)
+    database.connect().close()
+    database.close()
+    columns = (
+        "seq, job_id, state, name, correlation_id, created_at, has_spoken, digest, starts_at_once, operation"
+    )
+    values = "7, 'job-7', 'running', 'status', 'c', '2026', false, 'x', true, '{}'"
+    with connect(database_url) as connection:
+        command.upgrade(configuration(connection), "0001")
+        connection.execute(text(f"INSERT INTO jobs ({columns}) VALUES ({values})"))
+        connection.commit()
+
+    store = SqlStore(database_url)
+    store.open()
+    (job,) = store.unfinished()
+    store.close()
+
+    assert (job.accepted.job_id, job.accepted.traceparent) == ("job-7", None)
 
 
 def test_a_database_of_a_newer_version_is_left_alone(database_url: str) -> None:

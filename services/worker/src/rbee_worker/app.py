@@ -12,6 +12,7 @@ from rbee_job_server.errors import json_response
 from rbee_worker import VERSION
 from rbee_worker.config import WorkerConfig
 from rbee_worker.engine.base import Engine
+from rbee_worker.metrics import EngineCollector
 from rbee_worker.state import WorkerState
 
 
@@ -56,4 +57,5 @@ def build_worker_app(
         not_ready=state.not_ready,
         access=config.access,
         limits=config.limits,
+        collectors=[EngineCollector(engine)],
     )

@@ -15,6 +15,7 @@ from rbee_job_server.access import AccessConfig
 from rbee_job_server.guards import Limits
 from rbee_job_server.logs import LEVELS
 from rbee_job_server.options import add_guard_options, read_guard_options, refuse
+from rbee_job_server.tracing import add_tracing_option, read_tracing_option
 from rbee_worker.engine.sim import SimParameters, add_arguments, from_args
 
 
@@ -39,6 +40,7 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     hive_absence_s: float | None = None
     access: AccessConfig = AccessConfig()
     limits: Limits = Limits()
+    otlp_endpoint: str | None = None
 
 
 MAX_TOKEN_BYTES = 4096
@@ -80,6 +82,7 @@ def parse(argv: list[str], environ: Mapping[str, str] = _NOTHING) -> WorkerConfi
         help="seconds for running jobs on SIGTERM (default: %(default)s)",
     )
     parser.add_argument("--log-level", choices=LEVELS, default="info")
+    add_tracing_option(parser)
     add_guard_options(parser)
     parser.add_argument(
         "--token-fd", type=int, metavar="FD", help="inherited pipe that holds this worker's own token"
@@ -121,6 +124,7 @@ def parse(argv: list[str], environ: Mapping[str, str] = _NOTHING) -> WorkerConfi
         hive_absence_s=args.hive_absence_s,
         access=guarding.access,
         limits=guarding.limits,
+        otlp_endpoint=read_tracing_option(parser, args, environ),
     )
 
 

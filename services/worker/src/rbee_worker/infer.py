@@ -26,7 +26,7 @@ class InferHandler:
         context.narrate("infer_start", f"Inference on {op.model} has started.")
         # The correlation id finds the request in the engine's log; the job id makes it unique.
         request_id = f"{context.correlation_id}-{context.job_id}"
-        async with aclosing(self._engine.generate(request_id, op)) as outputs:
+        async with aclosing(self._engine.generate(request_id, op, context.job.trace)) as outputs:
             async for output in outputs:
                 if isinstance(output, Delta):
                     context.emit_token(output.text, _token_data(output))

@@ -65,7 +65,8 @@ class OpenAIHandler:
         if app is None:
             raise Unavailable("The engine has not loaded.", code="worker_not_ready")
         context.narrate("infer_start", f"{op.endpoint} of {op.model or 'this worker'} has started.")
-        exchange = _Exchange(op, context, _body(op))
+        trace = context.job.trace if self._engine.is_tracing else None
+        exchange = _Exchange(op, context, _body(op), {} if trace is None else trace.headers)
         await exchange.run(app, path)
         return exchange.result()
 
@@ -82,9 +83,10 @@ def _body(op: OpenAI) -> bytes:
 class _Exchange:
     """One request in the app, from its body to its last frame. `send` turns what comes into events."""
 
-    def __init__(self, op: OpenAI, context: JobContext, body: bytes) -> None:
+    def __init__(self, op: OpenAI, context: JobContext, body: bytes, headers: dict[str, str]) -> None:
         self._op = op
         self._context = context
+        self._headers = headers
         self._request: bytes | None = body
         self._length = len(body)
         self._nobody_waits = anyio.Event()
@@ -144,6 +146,7 @@ class _Exchange:
                 (b"content-type", self._op.content_type.encode()),
                 (b"content-length", b"%d" % self._length),
                 (b"x-request-id", request_id.encode()),
+                *((name.encode(), value.encode()) for name, value in self._headers.items()),
             ],
             "client": ("127.0.0.1", 0),
             "server": ("127.0.0.1", 80),

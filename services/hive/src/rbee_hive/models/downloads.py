@@ -63,6 +63,8 @@ class Downloads:
         self.started = anyio.Event()
         """Set once what an earlier run has left is cleaned up."""
         self._transfers: dict[str, Transfer] = {}
+        self._received_before = 0
+        """Bytes of transfers that have ended."""
         self._tasks: TaskGroup | None = None
 
     async def run(self) -> None:
@@ -81,6 +83,16 @@ class Downloads:
         published = self._staging.clean()
         self._models.changed()
         return published
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes that have come over the network, of all transfers of this hive's life."""
+        return self._received_before + sum(each.bytes_received for each in self._transfers.values())
+
+    @property
+    def running(self) -> int:
+        """Transfers that are under way."""
+        return len(self._transfers)
 
     def is_running(self, model: str) -> bool:
         return model in self._transfers
@@ -144,6 +156,7 @@ class Downloads:
             await transfer.run()
         finally:
             del self._transfers[transfer.model]
+            self._received_before += transfer.bytes_received
 
     async def _watch(self, transfer: Transfer, seen: int, narrate: Narrate) -> None:
         """Narrate a transfer until it has ended."""

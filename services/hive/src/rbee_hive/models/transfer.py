@@ -115,6 +115,11 @@ class Transfer:
 
     # --- what watchers see -------------------------------------------------------------------------------
 
+    @property
+    def bytes_received(self) -> int:
+        """Bytes that have come over the network so far."""
+        return self._received
+
     def progress(self, now: float) -> DownloadProgress | None:
         """Tell how far it is; None before its files are known."""
         if not self._files:

@@ -4,18 +4,24 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
-from rbee_contracts.access import NONCE_VARIABLE, TOKEN_VARIABLE
+from rbee_contracts.access import NONCE_VARIABLE, TOKEN_FILE_VARIABLE, TOKEN_VARIABLE
 from rbee_contracts.errors import InvalidRequest
 from rbee_contracts.operations import WorkerSpawn
 from rbee_hive.config import HiveConfig
 from rbee_hive.devices import tensor_parallel
+from rbee_job_server.systemd import NOTIFY_VARIABLES
 
 WORKER_HOST = "127.0.0.1"
 
 NOT_FOR_WORKERS = frozenset(
-    {TOKEN_VARIABLE, "HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"}
+    {
+        *(TOKEN_VARIABLE, TOKEN_FILE_VARIABLE),
+        *("HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"),
+        *NOTIFY_VARIABLES,
+    }
 )
-"""The cluster's token, and those for the model hub: a worker's model lies on this machine."""
+"""The cluster's token, and those for the model hub: a worker's model lies on this machine. And what
+the service manager has told the hive: it hears nobody else."""
 
 DeviceKind: TypeAlias = Literal["cuda", "cpu"]
 
@@ -71,6 +77,8 @@ def command_line(
     command += ["--engine", config.worker_engine, "--log-level", config.log_level]
     command += ["--max-body-bytes", str(config.limits.max_body_bytes)]
     command += ["--hive-absence-s", f"{config.supervision.hive_absence_s:g}"]
+    if config.otlp_endpoint is not None:
+        command += ["--otlp-endpoint", config.otlp_endpoint]
     if config.worker_engine == "sim":
         return [*command, *worker_args]
     size = tensor_parallel(worker_args, len(devices))

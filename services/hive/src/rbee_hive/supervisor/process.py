@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from signal import Signals
 
@@ -62,7 +63,7 @@ class WorkerProcess:
         def run() -> subprocess.Popen[bytes]:
             log_path.parent.mkdir(parents=True, exist_ok=True)
             with log_path.open("ab") as output:
-                return subprocess.Popen(
+                child = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -71,6 +72,8 @@ class WorkerProcess:
                     start_new_session=True,
                     pass_fds=pass_fds,
                 )
+            _unprotect(child.pid)
+            return child
 
         try:
             # To its end, whatever happens meanwhile: a process that was started must be known.
@@ -153,6 +156,14 @@ class WorkerProcess:
     def close(self) -> None:
         """Let go of it; its processes are left as they are."""
         self._family.close()
+
+
+def _unprotect(pid: int) -> None:
+    """Let the kernel end a worker for want of memory before its hive, which a service manager may protect."""
+    score = Path(f"/proc/{pid}/oom_score_adj")
+    with suppress(OSError, ValueError):
+        if int(score.read_text()) < 0:
+            score.write_text("0")
 
 
 def ending_text(ending: Ending) -> str:

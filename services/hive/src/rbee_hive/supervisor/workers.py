@@ -1,5 +1,6 @@
 """The hive's workers: the only place that begins, adopts or ends one, and where they are looked up."""
 
+import math
 import random
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
@@ -43,6 +44,9 @@ FAILED_KEPT = 16
 SHUTDOWN_GRACE_S = 10.0
 """For each worker when the hive stops: the hive has drained before."""
 
+LOGS_FOLDER = "logs"
+"""Where in the state folder the workers' logs are."""
+
 
 class Workers:
     """The table of workers. `adopt` comes first; `run` must be running; it owns what watches them.
@@ -66,13 +70,15 @@ class Workers:
         self._environ = {name: value for name, value in environ.items() if name != NONCE_VARIABLE}
         self._allotter = Allotter(config, devices, reservations, self._found_owners, self._environ)
         self._records = Records(config.state_dir / "workers")
-        self._logs = LogFolder(config.state_dir / "logs", config.worker_logs)
+        self._logs = LogFolder(config.state_dir / LOGS_FOLDER, config.worker_logs)
         self._boot_id = boot_id()
         self._keeping = Keeping(self._records, self._boot_id)
         self._workers: dict[str, Worker] = {}
         self._failures = Failures(config.supervision)
         self._shell: Shell | None = None
         self._is_leaving = False
+        self.last_round = math.inf
+        """When `run` has last gone through the workers, by the loop's clock."""
         self.draining = False
         """Whether the hive gives its workers nothing new. Only `set_draining` changes it."""
         self.changed = anyio.Event()
@@ -125,6 +131,7 @@ class Workers:
             while True:
                 for worker in list(self._workers.values()):
                     shell.apply(worker, Tick(active=worker.steps))
+                self.last_round = anyio.current_time()
                 await anyio.sleep(TICK_S)
 
     async def stop_all(self) -> None:

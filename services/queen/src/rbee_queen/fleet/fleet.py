@@ -1,5 +1,6 @@
 """The table of hives, and the tasks that keep a line to each of them."""
 
+import math
 import random
 import socket
 from collections.abc import Callable, Iterable
@@ -74,6 +75,8 @@ class Fleet:
         self._hives: dict[str, Hive] = {}
         self._fenced: dict[str, None] = {}
         self._tasks: TaskGroup | None = None
+        self.last_round = math.inf
+        """When `run` has last gone through the hives, by the loop's clock."""
 
     async def run(self) -> None:
         """Own the tasks that follow hives, until cancelled."""
@@ -84,6 +87,7 @@ class Fleet:
             while True:
                 await anyio.sleep(TICK_EVERY_S)
                 self.tick()
+                self.last_round = anyio.current_time()
 
     def restore(self, stored: StoredHive) -> None:
         """Know a hive from the run before; called before `run`, which begins to follow it at once."""

@@ -13,6 +13,7 @@ from rbee_job_server import JobServer, Submission
 from rbee_job_server.correlation import correlation_id_of
 from rbee_job_server.errors import json_response
 from rbee_job_server.routes import time_left_s
+from rbee_job_server.tracing import trace_of
 from rbee_queen.openai.aliases import Aliases
 from rbee_queen.openai.answer import Answer
 from rbee_queen.openai.endpoints import ENDPOINTS, MODELS, PREFIXES, Dialect
@@ -61,7 +62,10 @@ class _FrontDoor:
             operation = operation_of(path, content_type, await request.body(), self._max_body_bytes)
             job = self._server.submit(
                 Submission(
-                    operation=operation, correlation_id=correlation_id, time_left_s=time_left_s(request)
+                    operation=operation,
+                    correlation_id=correlation_id,
+                    time_left_s=time_left_s(request),
+                    trace=trace_of(request),
                 )
             )
             return JobResponse(self._server, job, Answer(dialect, correlation_id))

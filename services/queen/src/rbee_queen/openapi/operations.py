@@ -9,6 +9,7 @@ from rbee_contracts.errors import ErrorBody
 from rbee_contracts.jobs import JobAccepted, JobCancelled, JobPage, JobRecord, JobTicket
 from rbee_contracts.nodes import HiveReady, ServiceInfo
 from rbee_contracts.operations import AnyOperation
+from rbee_queen.metrics.targets import Target
 from rbee_queen.openai.endpoints import AUDIO, ENDPOINTS, MODELS, PREFIXES, Dialect
 from rbee_queen.openai.models import Model, ModelCatalog
 
@@ -149,6 +150,12 @@ DEADLINE = Parameter(
     description="Milliseconds that the caller has left; the job times out after them.",
     schema={"type": "string", "pattern": "^[0-9]{1,12}$"},
 )
+TRACEPARENT = Parameter(
+    name="traceparent",
+    place="header",
+    description="The caller's place in its trace, by W3C Trace Context; ignored where it is malformed.",
+    schema={"type": "string"},
+)
 
 
 def _ok(description: str, body: Any, media_type: str = JSON, status: int = 200) -> Reply:
@@ -182,6 +189,22 @@ def _common() -> list[Operation]:
             tag="service",
             summary="Name, version and uptime",
             replies=[_ok("What this service is.", ServiceInfo), *_errors(ErrorBody, {})],
+        ),
+        Operation(
+            method="get",
+            path="/metrics",
+            tag="service",
+            summary="What the queen counts and measures",
+            description="In Prometheus' text format.",
+            replies=[_ok("The metrics.", None, "text/plain"), *_errors(ErrorBody, {})],
+        ),
+        Operation(
+            method="get",
+            path="/v1/metrics/targets",
+            tag="service",
+            summary="Where Prometheus finds every service of the cluster",
+            description="For Prometheus' `http_sd_configs`.",
+            replies=[_ok("Targets and their labels.", list[Target]), *_errors(ErrorBody, {})],
         ),
         Operation(
             method="get",
@@ -225,6 +248,7 @@ def _jobs() -> list[Operation]:
                 ),
                 CORRELATION,
                 DEADLINE,
+                TRACEPARENT,
             ],
             request={JSON: AnyOperation},
             replies=[
@@ -408,7 +432,7 @@ def _front_door() -> list[Operation]:
                     tag="models",
                     summary=_SUMMARIES[path],
                     description="vLLM's own endpoint, run as a job: its id is in the header `X-Job-ID`.",
-                    parameters=[CORRELATION, DEADLINE],
+                    parameters=[CORRELATION, DEADLINE, TRACEPARENT],
                     request={FORM: None} if path == AUDIO else {JSON: ModelRequest},
                     replies=[
                         Reply(status=200, description="vLLM's own answer.", content=answer),

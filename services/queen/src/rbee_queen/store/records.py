@@ -28,6 +28,7 @@ class JobAccepted(Struct, frozen=True, kw_only=True):
     resume_window_s: float | None
     timeout_s: float | None
     created_at: str
+    traceparent: str | None = None
 
 
 class JobStarted(Struct, frozen=True, kw_only=True):

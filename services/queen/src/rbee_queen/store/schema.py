@@ -15,7 +15,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql
 
-REVISION = "0001"
+REVISION = "0002"
 
 # SQLite makes only an INTEGER the row's own key.
 Seq = BigInteger().with_variant(Integer(), "sqlite")
@@ -53,6 +53,7 @@ jobs = Table(
     Column("error", LargeBinary),
     Column("usage", LargeBinary),
     Column("result", LargeBinary),
+    Column("traceparent", Text),
 )
 is_unfinished = jobs.c.finished_at.is_(None)
 is_finished = jobs.c.finished_at.is_not(None)

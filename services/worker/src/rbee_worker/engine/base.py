@@ -1,14 +1,16 @@
 """The seam between the worker and what generates text: the `Engine` protocol and its values."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Protocol
 
 from msgspec import Struct
+from prometheus_client.metrics_core import Metric
 
 from rbee_contracts.errors import RbeeError
 from rbee_contracts.events import InferResult, TokenLogprob
 from rbee_contracts.nodes import EngineLoad
 from rbee_contracts.operations import Infer
+from rbee_contracts.trace import TraceContext
 
 
 class EngineDied(RbeeError):
@@ -60,11 +62,14 @@ class Engine(Protocol):
             EngineStartFailed: the model could not be loaded.
         """
 
-    def generate(self, request_id: str, op: Infer) -> AsyncGenerator[Delta | InferResult, None]:
+    def generate(
+        self, request_id: str, op: Infer, trace: TraceContext | None = None
+    ) -> AsyncGenerator[Delta | InferResult, None]:
         """Generate: one `Delta` per choice and engine step with new text, then one `InferResult`, last.
 
         All of one step's Deltas come in one iteration of the event loop. Closing or cancelling the
-        generator aborts the request in the engine. `request_id` need not be unique to the engine.
+        generator aborts the request in the engine. `request_id` need not be unique to the engine. An engine
+        that traces makes its spans below `trace`.
 
         Raises:
             InvalidRequest: the request cannot run on this model (code `context_length_exceeded` where it
@@ -104,6 +109,16 @@ class Engine(Protocol):
 
     def kill(self) -> None:
         """End every process of the engine at once: its own process is about to end. Never blocks."""
+
+    @property
+    def is_tracing(self) -> bool:
+        """Whether it makes spans, and so needs to know the trace that they belong to."""
+
+    def metrics(self) -> Iterable[Metric]:
+        """Give what the engine counts and measures, under vLLM's names; nothing before it has loaded.
+
+        Called on the event loop: it must be quick.
+        """
 
     @property
     def http_app(self) -> Any:

@@ -9,12 +9,13 @@ A program that starts this engine must have an importable `__main__` that does n
 
 import argparse
 import asyncio
+import atexit
 import dataclasses
 import importlib.metadata
 import multiprocessing
 import os
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,11 +23,15 @@ from typing import Any, NoReturn
 
 import anyio
 import structlog
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import Metric
 
 from rbee_contracts.errors import InvalidRequest, NoCapacity, RbeeError, Unavailable
 from rbee_contracts.events import InferResult
 from rbee_contracts.nodes import EngineLoad
 from rbee_contracts.operations import Infer
+from rbee_contracts.trace import TraceContext
+from rbee_job_server.tracing import traces_url
 from rbee_worker.engine.base import Delta, EngineDied, EngineInfo, EngineStartFailed
 from rbee_worker.engine.cpu_defaults import cpu_defaults, weight_bytes
 from rbee_worker.engine.processes import OwnedProcesses
@@ -39,6 +44,14 @@ _SHUTDOWN_S = 5.0
 _SHUTDOWN_THREAD_S = 10.0
 _KILL_S = 10.0
 _DEATH_POLL_S = 0.2
+_LAST_SPANS_S = 2.0
+
+TRACING_VARIABLES = {
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",  # vLLM's default is gRPC
+    "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": "2",  # seconds, for a batch with its repetitions
+    "OTEL_SERVICE_NAME": "vllm",
+}
+"""What vLLM's tracing reads from the environment."""
 
 _SAMPLING_FIELDS = (
     "n", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty",
@@ -58,12 +71,17 @@ class VllmEngine:
         model: a local directory or a Hugging Face id.
         served_name: the model's name in vLLM's OpenAI app.
         engine_args: any arguments of `vllm serve`; those that only concern its HTTP server have no effect.
+        otlp_endpoint: a collector's base URL, which vLLM sends its spans to; None for no spans of its own
+            accord.
     """
 
-    def __init__(self, model: str, served_name: str, engine_args: list[str]) -> None:
+    def __init__(
+        self, model: str, served_name: str, engine_args: list[str], *, otlp_endpoint: str | None = None
+    ) -> None:
         self._model = model
         self._served_name = served_name
         self._engine_args = engine_args
+        self._otlp_endpoint = otlp_endpoint
         self._owned = OwnedProcesses()
         self._cores: list[Any] = []
         self._loads = LoadRecorder()
@@ -153,6 +171,9 @@ class VllmEngine:
             variables |= defaults.environment
         if Path(self._model).is_dir():
             variables["HF_HUB_OFFLINE"] = "1"
+        if self._otlp_endpoint is not None:
+            arguments = [*arguments, "--otlp-traces-endpoint", traces_url(self._otlp_endpoint)]
+            variables |= TRACING_VARIABLES
         for name, value in variables.items():
             os.environ.setdefault(name, value)
         os.environ.pop("VLLM_API_KEY", None)  # As `--api-key`, see _REFUSED_ARGUMENTS.
@@ -260,12 +281,25 @@ class VllmEngine:
                 _log.exception("engine_app_close_failed")
             engine, self._engine = self._engine, None
             if engine is not None:
+                await self._send_last_spans()
                 with anyio.move_on_after(_SHUTDOWN_THREAD_S):
                     try:
                         await _in_thread(lambda: engine.shutdown(timeout=_SHUTDOWN_S))
                     except Exception:
                         _log.exception("engine_shutdown_failed")
             await self._kill_rest()
+
+    async def _send_last_spans(self) -> None:
+        """End vLLM's tracing, which would do it by itself at this process's end, and wait for up to 30 s."""
+        if self._otlp_endpoint is None:
+            return
+        from opentelemetry import trace
+
+        shutdown = getattr(trace.get_tracer_provider(), "shutdown", None)
+        if shutdown is not None:
+            atexit.unregister(shutdown)
+            with anyio.move_on_after(_LAST_SPANS_S):
+                await _in_thread(shutdown)
 
     def kill(self) -> None:
         """SIGKILL the engine's processes; see `Engine.kill`."""
@@ -319,6 +353,16 @@ class VllmEngine:
     # --- use -------------------------------------------------------------------------------------------
 
     @property
+    def is_tracing(self) -> bool:
+        """Whether it makes spans: for rbee, or because its arguments say so."""
+        config = getattr(self._engine, "observability_config", None)
+        return getattr(config, "otlp_traces_endpoint", None) is not None
+
+    def metrics(self) -> Iterable[Metric]:
+        """Give vLLM's own; see `Engine.metrics`."""
+        return () if self._engine is None else _metrics_registry().collect()
+
+    @property
     def http_app(self) -> Any:
         """vLLM's FastAPI app, its lifespan entered; None before `start` has returned and after `stop`."""
         return self._app
@@ -327,7 +371,9 @@ class VllmEngine:
         """Tell the scheduler's numbers of the last step, summed over data-parallel engines."""
         return self._loads.total()
 
-    async def generate(self, request_id: str, op: Infer) -> AsyncGenerator[Delta | InferResult, None]:
+    async def generate(
+        self, request_id: str, op: Infer, trace: TraceContext | None = None
+    ) -> AsyncGenerator[Delta | InferResult, None]:
         """Generate text; see `Engine.generate`. vLLM's request id begins with `request_id`."""
         engine = self._engine
         if engine is None:
@@ -340,7 +386,9 @@ class VllmEngine:
         except Exception as exc:
             raise self._translate(exc, is_new=True) from exc
         run = Run(prompt_tokens)
-        stream = engine.generate(prompt, params, request_id, priority=op.priority or 0)
+        stream = engine.generate(
+            prompt, params, request_id, trace_headers=self._trace_headers(trace), priority=op.priority or 0
+        )
         try:
             async for output in stream:
                 self._loads.stepped()
@@ -353,6 +401,10 @@ class VllmEngine:
                 with anyio.CancelScope(shield=True):
                     await stream.aclose()
         yield run.result()
+
+    def _trace_headers(self, trace: TraceContext | None) -> dict[str, str] | None:
+        """Give vLLM the trace that its span belongs to, where it makes any: else it only warns."""
+        return trace.headers if trace is not None and self.is_tracing else None
 
     async def _render(self, op: Infer) -> tuple[Any, int]:
         """Turn the prompt or the messages into vLLM's engine input and its number of tokens."""
@@ -526,6 +578,14 @@ def _is_cpu_build() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return os.environ.get("VLLM_TARGET_DEVICE") == "cpu"
     return True
+
+
+def _metrics_registry() -> CollectorRegistry:
+    """Give where vLLM keeps what it measures."""
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    registry: CollectorRegistry = get_prometheus_registry()
+    return registry
 
 
 def _launchers() -> tuple[Any, Any]:

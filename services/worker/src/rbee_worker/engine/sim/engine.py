@@ -2,15 +2,18 @@
 
 import asyncio
 import signal
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any
 
 import anyio
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from rbee_contracts.errors import InvalidRequest, Unavailable
 from rbee_contracts.events import ChoiceEnd, InferResult, Timings, Usage
 from rbee_contracts.nodes import EngineLoad
 from rbee_contracts.operations import Infer
+from rbee_contracts.trace import TraceContext
 from rbee_worker import VERSION
 from rbee_worker.engine.base import Delta, EngineDied, EngineInfo, EngineStartFailed
 from rbee_worker.engine.pace import Pace
@@ -79,6 +82,17 @@ class SimEngine:
         """Nothing to do: the engine has no process besides this one."""
 
     @property
+    def is_tracing(self) -> bool:
+        """It makes no spans."""
+        return False
+
+    def metrics(self) -> Iterable[Metric]:
+        """Tell under vLLM's names what this engine has of it."""
+        from rbee_worker.engine.sim.openai_app import render_metrics
+
+        return text_string_to_metric_families(render_metrics(self)) if self.is_alive else ()
+
+    @property
     def http_app(self) -> Any:
         """A Starlette app with the chat completions route, /v1/models, /metrics and /health."""
         return self._app
@@ -115,8 +129,10 @@ class SimEngine:
     async def wake(self) -> None:
         self._is_asleep = False
 
-    async def generate(self, request_id: str, op: Infer) -> AsyncGenerator[Delta | InferResult, None]:
-        """Generate text; see `Engine.generate`."""
+    async def generate(
+        self, request_id: str, op: Infer, trace: TraceContext | None = None
+    ) -> AsyncGenerator[Delta | InferResult, None]:
+        """Generate text; see `Engine.generate`. It makes no spans."""
         request = self.submit(op)
         try:
             while True:

@@ -1,0 +1,135 @@
+"""`rbee-hive end-workers`: what a hive has left and no other takes up is ended, and nothing else."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from rbee_inprocess import eventually
+from rbee_processes import BIN, Cluster, until
+
+from rbee_contracts.access import NONCE_VARIABLE
+from rbee_hive.config import load
+from rbee_hive.supervisor.leftovers import end_left
+from rbee_hive.supervisor.logs import tail
+from rbee_hive.supervisor.process import WorkerProcess
+from rbee_hive.supervisor.processes import boot_id
+from rbee_hive.supervisor.records import Records, WorkerRecord
+
+NONCE = "a-nonce-of-a-left-worker"
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print("child", child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def end_workers(cluster: Cluster) -> subprocess.CompletedProcess[str]:
+    arguments = ["--config", "none", "--hive-id", "box1", "--state-dir", str(cluster.state_dir)]
+    command = [str(BIN / "rbee-hive"), "end-workers", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_a_left_worker_is_ended_and_one_that_a_hive_has_is_not(tmp_path: Path) -> None:
+    with Cluster(tmp_path, engine="sim") as cluster:
+        worker = psutil.Process(cluster.spawn("m")["pid"])
+        refused = end_workers(cluster)
+
+        assert refused.returncode == 2
+        assert "another hive runs with the state folder" in refused.stderr
+        assert worker.is_running()
+
+        assert cluster.hive.terminate(signal.SIGUSR1) == 0
+        assert worker.is_running()
+        ended = end_workers(cluster)
+
+        assert ended.returncode == 0, ended.stderr
+        assert '"worker_ended"' in ended.stderr
+        until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, "it is gone")
+        assert list((cluster.state_dir / "workers").glob("*.json")) == []
+        again = end_workers(cluster)
+        assert (again.returncode, again.stderr) == (0, "")
+
+
+def record(worker_id: str, boot: str, process: WorkerProcess | None) -> WorkerRecord:
+    return WorkerRecord(
+        worker_id=worker_id,
+        model="m",
+        kind="cpu",
+        devices=[0],
+        args=[],
+        port=9300,
+        token="a-token-of-a-test",
+        nonce=NONCE,
+        boot_id=boot,
+        started_at="2026-01-01T00:00:00Z",
+        pid=None if process is None else process.pid,
+        start_ticks=None if process is None else process.start_ticks,
+    )
+
+
+async def test_one_that_does_not_obey_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
+    process = await WorkerProcess.start(
+        [sys.executable, "-c", STUBBORN], {NONCE_VARIABLE: NONCE}, tmp_path / "logs/w.log", NONCE
+    )
+    lines = await eventually(lambda: tail(tmp_path / "logs/w.log"), "it speaks")
+    child = psutil.Process(int(lines[0].split()[1]))
+    records = Records(tmp_path / "workers")
+    records.write(record("w1", boot_id(), process))
+
+    assert await end_left(tmp_path, grace_s=0.1)
+    assert (await process.wait()).signal == signal.SIGKILL
+    process.close()
+    await eventually(
+        lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "its child is gone too"
+    )
+    assert list(records.read()) == []
+
+
+async def test_what_a_dead_worker_has_started_is_found_by_its_nonce_and_ended(tmp_path: Path) -> None:
+    process = await WorkerProcess.start(
+        [sys.executable, "-c", STUBBORN], {NONCE_VARIABLE: NONCE}, tmp_path / "logs/w.log", NONCE
+    )
+    lines = await eventually(lambda: tail(tmp_path / "logs/w.log"), "it speaks")
+    child = psutil.Process(int(lines[0].split()[1]))
+    psutil.Process(process.pid).kill()
+    await process.wait()
+    process.close()
+    Records(tmp_path / "workers").write(record("w1", boot_id(), process))
+
+    assert await end_left(tmp_path)
+    await eventually(
+        lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the orphan is gone"
+    )
+
+
+async def test_a_record_of_an_earlier_boot_names_nobody(tmp_path: Path) -> None:
+    process = await WorkerProcess.start(
+        [sys.executable, "-c", "import time; time.sleep(600)"],
+        {NONCE_VARIABLE: NONCE},
+        tmp_path / "w.log",
+        NONCE,
+    )
+    records = Records(tmp_path / "workers")
+    records.write(record("w1", "an-earlier-boot", process))
+
+    assert await end_left(tmp_path)
+    assert list(records.read()) == []
+    assert psutil.Process(process.pid).is_running()
+    await process.kill()
+    await process.wait()
+    process.close()
+
+
+def test_the_commands_of_the_hive(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = load(["end-workers", "--config", "none"], {})
+    assert (asked.ends_workers, asked.is_shown) == (True, False)
+    shown = load(["config", "--config", "none"], {})
+    assert (shown.ends_workers, shown.is_shown) == (False, True)
+    with pytest.raises(SystemExit):
+        load(["end-worker"], {})
+    assert "there is no command end-worker. Did you mean end-workers?" in capsys.readouterr().err
