@@ -14,7 +14,7 @@ import msgspec
 import msgspec.inspect as mi
 
 from rbee_contracts.events import EVENTS, Event
-from rbee_contracts.operations import OPERATIONS, HiveOperation, Infer, OnHive, OpenAI, Operation
+from rbee_contracts.operations import OPERATIONS, HiveOperation, Infer, LogSearch, OnHive, OpenAI, Operation
 from rbee_contracts.results import RESULTS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/reference/job-operations.md"
@@ -36,6 +36,7 @@ _WHERE = {
     "queen": "Executed by the queen.",
     "hive": "Executed by a hive: send it there, or to the queen with `hive_id` "
     "(which may be left out while there is one hive).",
+    "both": "Executed by the queen, who asks the hives, and by each hive.",
     "all": "Taken by the queen, a hive and a worker alike.",
 }
 
@@ -85,6 +86,8 @@ def _operation(operation: type[Operation]) -> Iterator[str]:
 
 
 def _where(operation: type[Operation]) -> str:
+    if operation is LogSearch:
+        return _WHERE["both"]
     if operation in (Infer, OpenAI):
         return _WHERE["all"]
     if issubclass(operation, HiveOperation) and operation in get_args(OnHive):

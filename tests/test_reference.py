@@ -10,6 +10,7 @@ from rbee_contracts.operations import OPERATIONS, OnHive
 from rbee_contracts.results import RESULTS
 from rbee_hive.check import HiveChecker
 from rbee_hive.handlers import HiveHandlers
+from rbee_hive.log_search import HiveLogs
 from rbee_hive.models import ModelHandlers
 from rbee_hive.supervisor.handlers import WorkerHandlers
 from rbee_queen.fleet import Fleet
@@ -29,6 +30,7 @@ def test_an_operation_has_a_result_where_and_only_where_a_service_executes_it() 
         WorkerHandlers(none, none).table(),  # type: ignore[arg-type]
         ModelHandlers(none, none).table(),  # type: ignore[arg-type]
         HiveChecker(none, none, "").table(),  # type: ignore[arg-type]
+        HiveLogs(none, "", none).table(),  # type: ignore[arg-type]
     ]
     hive = {operation for table in tables for operation in table}
     assert len(hive) == sum(map(len, tables)), "an operation has two handlers, of which one is never called"

@@ -31,7 +31,7 @@ SIBLINGS: dict[str, set[str]] = {
 }
 # Folders that say nothing about one machine.
 COMMON_FOLDERS = {
-    *("/", "/app", "/data", "/etc", "/home", "/mnt", "/src", "/srv", "/tmp"),
+    *("/", "/app", "/data", "/etc", "/home", "/mnt", "/opt", "/src", "/srv", "/tmp"),
     *("/usr", "/usr/local", "/usr/share", "/var", "/var/lib"),
 }
 

@@ -41,6 +41,9 @@ WITH_CLIENTS = {
 WITH_A_TOKEN = {"token-make", "token-curl"}
 """Run by test_access_faults.py."""
 
+WITH_COMPOSE = {"compose-up", "compose-chat", "compose-status", "compose-stop"}
+"""Run by containers/test_compose.py."""
+
 
 class Block(NamedTuple):
     name: str | None
@@ -118,6 +121,10 @@ def test_the_readmes_three_calls(cluster: Cluster, tmp_path: Path) -> None:
     cancelled = json.loads(run(cluster, "readme-cancel", tmp_path, JOB_ID=job_id))
     assert cancelled == json.loads(run(cluster, "cancel", tmp_path, JOB_ID=job_id))
     assert cancelled == {"job_id": job_id, "status": "cancelled"}
+
+
+def test_the_metrics_are_there_to_look_at(cluster: Cluster, tmp_path: Path) -> None:
+    assert "rbee_build_info{" in run(cluster, "metrics-curl", tmp_path)
 
 
 def test_the_resuming_reader(cluster: Cluster, tmp_path: Path) -> None:

@@ -86,6 +86,26 @@ def test_no_prompt_or_output_in_any_log(cluster: Cluster) -> None:
         assert text_of(events) not in path.read_text(errors="replace")
 
 
+def test_vllms_own_metrics_come_through_the_hive(cluster: Cluster) -> None:
+    cluster.events(infer())
+    (worker,) = cluster.run({"operation": "worker_list"})["workers"]
+    told = httpx.get(f"{cluster.hive.url}/v1/workers/{worker['worker_id']}/metrics").text
+
+    for name in (
+        "vllm:inter_token_latency_seconds_bucket",
+        "vllm:time_to_first_token_seconds_bucket",
+        "vllm:request_queue_time_seconds_bucket",
+        "vllm:generation_tokens_total",
+        "vllm:num_requests_waiting",
+        "vllm:prefix_cache_hits_total",
+        "rbee_jobs_finished_total",
+        "process_resident_memory_bytes",
+    ):
+        assert re.search(rf"^{name}\b", told, re.MULTILINE), name
+    types = re.findall(r"^# TYPE (\S+)", told, re.MULTILINE)
+    assert len(types) == len(set(types)), "a metric is told twice"
+
+
 def test_two_jobs_at_once_never_see_each_others_events(cluster: Cluster, corpus: str) -> None:
     prompts = [PROMPT, _another_sentence_start(corpus)]
     alone = [text_of(cluster.events(infer(prompt=prompt, max_tokens=40))) for prompt in prompts]

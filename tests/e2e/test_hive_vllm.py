@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from rbee_collector import Collector, SpanSeen, collector, tree
 from rbee_processes import MODELS, Cluster, Service, stream, text_of, until
 from rbee_restarts import Reader
 
@@ -21,8 +22,14 @@ WORKER_S = 180.0
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster of its own: its hive is killed."""
+def taken() -> Iterator[Collector]:
+    with collector() as taken:
+        yield taken
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, taken: Collector) -> Iterator[Cluster]:
+    """A cluster of its own: its hive is killed. It sends traces."""
     folder = tmp_path_factory.mktemp("hive")
     models = folder / "models"
     shutil.copytree(MODELS / "rbee-tiny", models / "rbee-tiny", ignore=shutil.ignore_patterns("*.py"))
@@ -30,7 +37,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     shutil.copytree(models / "rbee-tiny", broken)
     # A valid file with no tensor in it: found out by the engine core, not by its worker.
     (broken / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    with Cluster(folder, models=models) as cluster:
+    option = ("--otlp-endpoint", taken.url)
+    with Cluster(folder, models=models, queen_args=option, hive_args=option) as cluster:
         yield cluster
 
 
@@ -85,6 +93,40 @@ def test_a_stream_goes_on_when_the_hive_is_killed(cluster: Cluster, worker: dict
     assert reader.events[-1]["action"] == "execute_complete"
     adopted = info_of(cluster, worker["worker_id"])
     assert (adopted["pid"], adopted["adopted"]) == (pid, True)
+
+
+@pytest.mark.parametrize(("operation", "trace_id"), [("infer", "c" * 32), ("openai", "e" * 32)])
+def test_one_trace_has_the_spans_of_all_services_and_of_the_engine(
+    cluster: Cluster, worker: dict[str, Any], taken: Collector, operation: str, trace_id: str
+) -> None:
+    until(lambda: info_of(cluster, worker["worker_id"])["state"] == "ready", "it is ready", WORKER_S)
+    correlation_id, prompt = f"traced-{operation}", "heffalump zanzibar"
+    headers = {"X-Correlation-ID": correlation_id, "traceparent": f"00-{trace_id}-{'d' * 16}-01"}
+    if operation == "infer":
+        cluster.events(infer(prompt=prompt, max_tokens=4), **headers)
+    else:
+        body = {"model": "rbee-tiny", "prompt": prompt, "max_tokens": 4}
+        answer = httpx.post(f"{cluster.queen.url}/v1/completions", json=body, headers=headers, timeout=45)
+        assert answer.status_code == 200
+
+    def six() -> list[SpanSeen] | None:
+        found = [span for span in taken.spans() if span.trace_id == trace_id]
+        return found if len(found) >= 6 else None
+
+    spans = until(six, "there are six spans", 60)
+
+    assert tree(spans) == [
+        f"rbee-queen: job {operation}",
+        f"  rbee-queen: attempt {operation}",
+        f"    rbee-hive: job {operation}",
+        f"      rbee-hive: attempt {operation}",
+        f"        rbee-worker: job {operation}",
+        "          vllm: llm_request",
+    ]
+    engine = next(span for span in spans if span.service == "vllm")
+    assert correlation_id in engine.attributes["gen_ai.request.id"]
+    assert engine.attributes["gen_ai.usage.completion_tokens"] == 4
+    assert prompt.encode() not in taken.everything()
 
 
 def test_the_engines_processes_are_known_by_the_workers_nonce(

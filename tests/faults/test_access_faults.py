@@ -61,7 +61,7 @@ def app_of(service: str) -> Starlette:
     if service == "queen":
         return build_queen_app(parse_queen([], environ), server, Fleet(lambda: 0.0), anything)
     if service == "hive":
-        return build_hive_app(parse_hive([], environ), server, anything, anything, anything)
+        return build_hive_app(parse_hive([], environ), server, anything, anything, anything, anything)
     config = parse_worker(["--model", "m", "--port", "0", "--engine", "sim"], environ)
     engine = SimEngine("m", SimParameters())
     return build_worker_app(config, server, WorkerState(config, engine), engine)

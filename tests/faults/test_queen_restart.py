@@ -183,6 +183,36 @@ def test_a_stopped_queen_leaves_its_jobs_running_and_takes_them_up_again(tmp_pat
         assert_whole(reader.events, reader.ids, 1500)
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["model", "only-model"])
+def test_an_openai_job_goes_on_though_no_hive_has_been_heard_yet(tmp_path: Path, named: bool) -> None:
+    """It had its place: which models the queen has heard of since her restart does not matter."""
+    tokens = 400
+    say = [{"role": "user", "content": "one two"}]
+    body = {"messages": say, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    if named:
+        body["model"] = "m"
+    with cluster_in(tmp_path) as cluster:
+        cluster.spawn("m", "--sim-step-ms", "10")
+        operation = {"operation": "openai", "endpoint": "/v1/chat/completions", "body": body}
+        job_id = cluster.submit(operation, Prefer="respond-async")
+        reader = Reader(cluster.queen.url, job_id)
+        with ThreadPoolExecutor(1) as pool:
+            result = pool.submit(reader.read)
+            until(lambda: len(reader.events) > 20, "the stream is under way")
+            cluster.kill_queen()
+            cluster.start_queen()
+            result.result(60)
+        with stream(cluster.queen.url, job_id) as frames:
+            assert [event for _, event in frames] == reader.events
+        assert len(record(cluster, job_id)["children"]) == 1
+
+    chunks = [event["data"] for event in reader.events if event["action"] == "chunk"]
+    words = [choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"]]
+    numbers = [int(word.removeprefix(" tok")) for word in words if word]
+    assert numbers == [(numbers[0] + place) % 1000 for place in range(tokens)]
+    assert reader.events[-1]["action"] == "execute_complete", reader.events[-1]
+
+
 def test_a_queen_on_postgresql_that_is_killed_goes_on_with_her_streams(tmp_path: Path, postgres: str) -> None:
     streams, tokens = 8, 1000
     with cluster_in(tmp_path, "--database", new_database(postgres)) as cluster:

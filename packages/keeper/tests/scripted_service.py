@@ -205,6 +205,7 @@ class Scripted:
 
     def __init__(self) -> None:
         self.draining = False
+        self.searches = 0
 
     async def status(self, _: ops.Status, __: JobContext) -> nodes.StatusResult:
         return nodes.StatusResult(version="0.1.0", uptime_s=61, hives=HIVES)
@@ -248,6 +249,36 @@ class Scripted:
         if op.follow:
             await anyio.sleep_forever()
         return nodes.WorkerLogResult(worker_id=op.worker_id, lines=op.lines)
+
+    async def log_search(self, op: ops.LogSearch, _: JobContext) -> nodes.LogSearchResult:
+        """Tell one line more each time; `quiet` is a request that nobody knows."""
+        self.searches += 1
+        lines = [
+            nodes.LogLine(
+                timestamp="2026-01-02T03:04:05.678901Z",
+                service="queen",
+                level="info",
+                event="job_accepted",
+                facts={"job_id": "job-1", "code": None, "details": f"two words {HOSTILE}"},
+            ),
+            nodes.LogLine(
+                timestamp="2026-01-02T03:04:05.700Z",
+                service="worker/w-ready",
+                level="error",
+                event="job_failed",
+                facts={"worker_id": "w-ready", "hive_id": "box1", "count": 3},
+            ),
+            *(
+                nodes.LogLine(timestamp="", service="hive/box1", level="info", event=f"poll {n}")
+                for n in range(self.searches)
+            ),
+        ]
+        return nodes.LogSearchResult(
+            correlation_id=op.correlation_id,
+            lines=[] if op.correlation_id == "quiet" else lines,
+            silent={"box2": "It has been silent for 7 s."},
+            notes=["queen has its own lines since 03:00."],
+        )
 
     async def process_list(self, op: ops.WorkerProcessList, _: JobContext) -> nodes.WorkerProcessListResult:
         return nodes.WorkerProcessListResult(processes=[OURS, FOREIGN] if hive(op).workers else [])
@@ -325,6 +356,7 @@ class Scripted:
             ops.WorkerGet: self.worker_get,
             ops.WorkerDrain: self.worker_drain,
             ops.WorkerLog: self.worker_log,
+            ops.LogSearch: self.log_search,
             ops.WorkerProcessList: self.process_list,
             ops.WorkerProcessGet: self.process_get,
             ops.WorkerProcessDelete: self.process_delete,

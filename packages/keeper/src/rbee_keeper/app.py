@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from rbee_keeper.command import HiveOption, JsonOption, QueenOption, TokenFileOption
-from rbee_keeper.commands import device, hive, infer, job, model, queen, status, up, worker
+from rbee_keeper.commands import device, hive, infer, install, job, logs, model, queen, status, up, worker
 from rbee_keeper.settings import Options
 
 
@@ -42,6 +42,6 @@ def build_app() -> typer.Typer:
     ) -> None:
         context.obj = Options(queen=queen, hive=hive, token_file=token_file, json=json)
 
-    for group in (up, status, infer, model, worker, device, hive, queen, job):
+    for group in (up, status, infer, model, worker, device, hive, queen, job, logs, install):
         group.register(app)
     return app

@@ -50,7 +50,7 @@ TokenFileOption = Annotated[
     typer.Option(
         "--token-file",
         metavar="FILE",
-        help="Holds the cluster's token (default: the one in RBEE_TOKEN, if any).",
+        help="Holds the cluster's token (default: RBEE_TOKEN_FILE, else RBEE_TOKEN, if any).",
         rich_help_panel="Whom to ask, how to answer",
     ),
 ]

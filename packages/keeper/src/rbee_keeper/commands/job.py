@@ -52,7 +52,7 @@ def register(app: typer.Typer) -> None:
     async def show(call: Call, *, job_id: JobIdArgument) -> None:
         """Show what is known of one job."""
         async with call.connect() as client:
-            record = await client.get(_path_part(job_id))
+            record = await client.get(path_part(job_id))
         if call.out.json:
             call.out.document(record)
         else:
@@ -62,7 +62,7 @@ def register(app: typer.Typer) -> None:
     async def cancel(call: Call, *, job_id: JobIdArgument) -> None:
         """Cancel a job, down to the engine."""
         async with call.connect() as client:
-            if not await client.cancel(_path_part(job_id)):
+            if not await client.cancel(path_part(job_id)):
                 # Tells an unknown job from an ended one.
                 record = await client.get(job_id)
                 raise Conflict(f"{job_id} has already {record.state}.", code="job_finished")
@@ -95,11 +95,11 @@ def register(app: typer.Typer) -> None:
 
         async with call.connect() as client:
             with Teller(call.out, events=True, output=True, whole=True) as tell:
-                await follow(client, _path_part(job_id), start, tell)
+                await follow(client, path_part(job_id), start, tell)
         call.out.end_text()
 
 
-def _path_part(job_id: str) -> str:
+def path_part(job_id: str) -> str:
     """Give a job id that may stand in a URL; nothing else can be one."""
     if not job_id.startswith("job-") or not job_id.replace("-", "").isalnum() or not job_id.isascii():
         raise typer.BadParameter(f"{job_id!r} is no job id; they look like job-<uuid>, see: rbee job list")
