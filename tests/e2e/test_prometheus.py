@@ -217,6 +217,16 @@ def test_what_callers_make_up_is_no_label(cluster: Cluster) -> None:
         assert len(text.splitlines()) < 1500
 
 
+def test_all_that_a_worker_does_is_told_under_its_model(cluster: Cluster) -> None:
+    """prometheus.yml drops the worker's own label for that of its target: two models would be one series."""
+    load(cluster)
+    ask = {"messages": [{"role": "user", "content": "x"}], "stream": True, "max_tokens": 4}
+    pinned = {"operation": "openai", "endpoint": "/v1/chat/completions", "worker_id": worker_id(cluster)}
+    assert cluster.events(pinned | {"body": ask}, cluster.hive.url)[-1]["action"] == "execute_complete"
+
+    assert set(re.findall(r'\bmodel="([^"]*)"', scraped(cluster)["worker"])) == {MODEL}
+
+
 def test_a_worker_that_is_not_there_is_told_from_one_that_is(cluster: Cluster) -> None:
     answer = httpx.get(f"{cluster.hive.url}/v1/workers/nobody/metrics", headers=cluster.auth)
 

@@ -1,6 +1,7 @@
 """One request is one trace, whatever becomes of it and of the services on its way. With the sim engine."""
 
 import re
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -208,20 +209,28 @@ def test_nothing_that_was_asked_or_said_is_in_a_span(cluster: Cluster, taken: Co
     assert said.encode() not in taken.everything()
 
 
-def test_a_restarted_hive_goes_on_with_its_spans(cluster: Cluster, taken: Collector) -> None:
+@pytest.mark.parametrize("how", ["killed", "restarted in order"])
+def test_a_restarted_hive_goes_on_with_its_spans(how: str, cluster: Cluster, taken: Collector) -> None:
     """Its worker's job tells the trace, and its own job's id the spans above and below."""
+    cluster.run(infer())  # it has ended by then, and its spans are sent
     tokens = 1500
-    job_id = cluster.submit(infer(max_tokens=tokens, ignore_eos=True), **{"X-Correlation-ID": "trace-8"})
+    name = f"trace-8-{how[:6]}"
+    job_id = cluster.submit(infer(max_tokens=tokens, ignore_eos=True), **{"X-Correlation-ID": name})
     with stream(cluster.queen.url, job_id) as frames:
         for _ in range(30):
             next(frames)
-        cluster.hive.kill()
+        if how == "killed":
+            cluster.hive.kill()
+        else:
+            assert cluster.hive.terminate(signal.SIGUSR1) == 0
         cluster.restart_hive(cluster.hive.url.rpartition(":")[2])
         assert [event for _, event in frames][-1]["action"] == "execute_complete"
-    spans = trace_of(taken, "trace-8", 5)
+    spans = trace_of(taken, name, 5)
 
     assert tree(spans) == ONE_TRACE
     assert "restored" in named(spans, "rbee-hive", "job infer").events
+    ids = [span.span_id for span in taken.spans()]
+    assert len(ids) == len(set(ids)), "a span was sent before the restart and again after it"
 
 
 def test_a_restarted_queen_goes_on_with_its_spans_in_its_callers_trace(

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio.lowlevel
 import msgspec
 from rbee_inprocess import Running, running
 from starlette.applications import Starlette
@@ -71,11 +72,12 @@ async def front_door(
     *,
     hives: Sequence[HiveInfo] = ONE_WORKER,
     aliases: Aliases | None = None,
+    settled: Callable[[], Awaitable[None]] = anyio.lowlevel.checkpoint,
     access: AccessConfig | None = None,
     limits: Limits | None = None,
 ) -> AsyncIterator[Running]:
     aliases = aliases or Aliases()
-    jobs = OpenAIJobs(place, lambda: list(hives), aliases)
+    jobs = OpenAIJobs(place, lambda: list(hives), aliases, settled)
 
     def extend(server: JobServer, app: Starlette) -> None:
         largest = (limits or Limits()).max_body_bytes

@@ -36,6 +36,7 @@ def accepted(seq: int, *, operation: dict[str, Any] | None = None, key: str | No
         resume_window_s=None if key else 2.5,
         timeout_s=0.1,
         created_at=at(seq),
+        traceparent=f"00-{seq:032x}-{seq:016x}-01" if key else None,
     )
 
 

@@ -430,6 +430,23 @@ async def test_a_client_that_is_closed_asks_nothing_more(service: Running) -> No
         await client.aclose()
 
 
+async def test_closing_a_client_cuts_the_streams_that_are_being_read(service: Running) -> None:
+    client = JobClient(service.url)  # with its long timeouts: they are not what ends it
+    job_id = (await client.submit(Status())).job_id
+    began = asyncio.Event()
+
+    async def read_the_job() -> None:
+        async for _ in client.stream(job_id):
+            began.set()
+
+    with anyio.fail_after(20):
+        reading = asyncio.ensure_future(read_the_job())
+        await began.wait()
+        await client.aclose()
+        with pytest.raises(StreamCut):
+            await reading
+
+
 async def test_a_submit_that_is_never_answered_times_out() -> None:
     timeouts = Timeouts(connect=1, request=0.1, read=1, resume=1)
     async with scripted(None) as (url, _), JobClient(url, timeouts=timeouts) as client:

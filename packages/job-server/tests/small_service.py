@@ -1,6 +1,10 @@
-"""A service in a process of its own, `small_service.py <port> <drain_timeout_s>`; prompts are commands."""
+"""A service in a process of its own, `small_service.py <port> <drain_timeout_s>`; prompts are commands.
+
+With a third argument it gets a SIGTERM before it is ready, and becomes so only where it does not leave.
+"""
 
 import os
+import signal
 import sys
 
 import anyio
@@ -21,8 +25,8 @@ from rbee_job_server import (
 from rbee_job_server.systemd import Notifier, Reporter
 
 
-async def main(port: int, drain_timeout_s: float) -> int:
-    release, crash = anyio.Event(), anyio.Event()
+async def main(port: int, drain_timeout_s: float, is_broken_off: bool) -> int:
+    release, crash, left = anyio.Event(), anyio.Event(), anyio.Event()
 
     async def infer(operation: Infer, context: JobContext) -> dict[str, str]:
         prompt, output = str(operation.prompt), "OUTPUT-MARK"
@@ -50,6 +54,11 @@ async def main(port: int, drain_timeout_s: float) -> int:
         await crash.wait()
         raise RuntimeError("THE-CAUSE")
 
+    async def on_listening() -> None:
+        if is_broken_off:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await left.wait()
+
     configure_logging(service="worker/w1")
     server = JobServer(
         service="worker", actor="worker/w1", handlers={Infer: infer, Status: status, HiveList: hive_list}
@@ -62,8 +71,17 @@ async def main(port: int, drain_timeout_s: float) -> int:
         return 2
     config = ServeConfig(host="127.0.0.1", port=port, drain_timeout_s=drain_timeout_s)
     reporter = Reporter(Notifier.of(os.environ, os.getpid()), describe=lambda: "small")
-    return await serve(app, server, sock, config, loops=[background], reporter=reporter)
+    return await serve(
+        app,
+        server,
+        sock,
+        config,
+        loops=[background],
+        on_listening=on_listening,
+        on_leave=left.set if is_broken_off else None,
+        reporter=reporter,
+    )
 
 
 if __name__ == "__main__":
-    raise SystemExit(anyio.run(main, int(sys.argv[1]), float(sys.argv[2])))
+    raise SystemExit(anyio.run(main, int(sys.argv[1]), float(sys.argv[2]), len(sys.argv) > 3))

@@ -64,6 +64,27 @@ def test_an_engines_line_belongs_to_the_request_whose_id_it_has() -> None:
     assert lines[1].facts == {}
 
 
+def test_an_id_that_many_requests_have_and_more_contain_finds_its_own() -> None:
+    jobs = [f"job-11111111-2222-4333-8444-{n:012}" for n in range(500)]
+    texts = [line(f"ours {n}", correlation_id="a", job_id=job) for n, job in enumerate(jobs)]
+    texts += [line("another", correlation_id=f"a-{n}", job_id=job) for n, job in enumerate(jobs)]
+    texts += [
+        f"INFO Added request a-{jobs[7]}.",
+        f"INFO Added request b-{jobs[7]}.",
+        "INFO Added request a-job-1",
+    ]
+
+    assert found(texts, correlation_id="a") == [*(f"ours {n}" for n in range(500)), texts[-3]]
+
+
+def test_a_line_is_of_the_process_in_whose_log_it_stands() -> None:
+    forged = line("job_ended", correlation_id="corr-1", service="queen")
+
+    (told,) = find([forged], LogSearch(correlation_id="corr-1"), service="worker/w", now=NOW)
+
+    assert told.service == "worker/w"
+
+
 def test_old_lines_and_lighter_ones_are_left_out() -> None:
     texts = [
         line("old", 1, correlation_id="corr-1", level="error"),
@@ -83,11 +104,15 @@ def test_a_broken_line_is_passed_over(text: str) -> None:
 
 def test_of_too_many_lines_the_newest_are_told() -> None:
     lines = [LogLine(timestamp=f"{n:03}", service="s", level="info", event="e") for n in (3, 1, 2)]
-    long = [LogLine(timestamp=f"{n}", service="s", level="info", event="e" * 2**21) for n in range(9)]
+    long = [
+        LogLine(timestamp=f"{n}", service="s", level="info", event="e", facts={"f": "\0" * (350 * 2**10)})
+        for n in range(9)
+    ]
 
     assert [one.timestamp for one in newest(lines, 2)] == ["002", "003"]
     assert [one.timestamp for one in newest(lines, 9)] == ["001", "002", "003"]
-    assert [one.timestamp for one in newest(long, 9)] == ["7", "8"]
+    assert [one.timestamp for one in newest(long, 9)] == ["8"], "as JSON a line is longer than it was"
+    assert [one.timestamp for one in newest(lines, 9, max_bytes=120)] == ["002", "003"]
 
 
 def test_a_ring_keeps_the_newest_and_says_so() -> None:

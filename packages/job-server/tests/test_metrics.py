@@ -70,7 +70,9 @@ async def service(clock: ManualClock) -> AsyncIterator[Running]:
         for _ in range(3 if b"stream" in bytes(operation.body) else 1):
             clock.now += 0.1
             context.emit_chunk(msgspec.Raw(b"{}"))
-        return OpenAIResult(status=200, content_type="application/json")
+        usage = Usage(prompt_tokens=1, completion_tokens=2, total_tokens=3)
+        is_told = b"usage" in bytes(operation.body)
+        return OpenAIResult(status=200, content_type="application/json", usage=usage if is_told else None)
 
     async def hang(_: Status, __: JobContext) -> None:
         await anyio.sleep_forever()
@@ -210,6 +212,8 @@ async def test_what_an_engine_tells_wrongly_breaks_nothing(service: Running) -> 
     for result in (
         b"[1]",
         b'{"usage":{"prompt_tokens":-1,"completion_tokens":-1,"total_tokens":-2}}',
+        b'{"usage":{"prompt_tokens":1,"completion_tokens":1%b,"total_tokens":2}}' % (b"0" * 400),
+        b'{"timings":{"queue_ms":1e308}}',
         b"\xff",
     ):
         job = service.server.registry.get(await service.submit(INFER))
@@ -218,7 +222,41 @@ async def test_what_an_engine_tells_wrongly_breaks_nothing(service: Running) -> 
         job.result = msgspec.Raw(result)
         metrics.ended(job)
 
-    assert [family.name for family in metrics.collect()]
+    found = {sample.name: sample.value for family in metrics.collect() for sample in family.samples}
+    assert found["rbee_jobs_finished_total"] == 5
+    assert not {name for name in found if "tokens_total" in name or "queue" in name}
+
+
+async def test_tokens_are_counted_by_the_engine_where_it_does(service: Running) -> None:
+    """The pieces of an OpenAI stream are more than its tokens: its role, its end and its usage are some."""
+    body = {"operation": "openai", "endpoint": "/v1/completions"}
+    await ended(service, body | {"body": {"model": "loaded", "stream": True, "usage": True}})
+    found = await told(service)
+
+    each = "rbee_inference_time_per_output_token_seconds_sum model=loaded operation=openai"
+    assert found[each] == pytest.approx(0.2)
+
+
+async def test_a_service_of_one_model_tells_no_other(service: Running) -> None:
+    """The labels of its target name its model, and Prometheus would drop one of two equal series."""
+    service.server.metrics.otherwise = "loaded"
+    for model in ("loaded", "an-adapter"):
+        await ended(service, INFER | {"model": model})
+
+    found = await told(service)
+    assert found["rbee_inference_time_to_first_token_seconds_count model=loaded operation=infer"] == 2
+
+
+async def test_what_had_ended_in_the_run_before_is_not_counted_again(service: Running) -> None:
+    """Only what a restarted service read of the service below again; what still ran there is counted."""
+    for had_ended in (True, False):
+        job = service.server.registry.get(await service.submit(INFER))
+        job.had_ended = had_ended
+        await service.read(job.id)
+
+    found = await told(service)
+    assert found["rbee_jobs_finished_total code=ok operation=infer state=completed"] == 1
+    assert found["rbee_job_duration_seconds_count operation=infer"] == 1
 
 
 async def test_the_delay_of_the_loop_is_looked_at(service: Running) -> None:

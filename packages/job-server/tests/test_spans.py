@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+import anyio
+import msgspec
 import pytest
 from rbee_collector import collector
 from structlog.testing import capture_logs
@@ -21,7 +23,7 @@ from rbee_contracts.ids import new_job_id
 from rbee_contracts.operations import Infer, Status
 from rbee_contracts.sse import Position
 from rbee_contracts.trace import TraceContext
-from rbee_job_server import spans
+from rbee_job_server import JobContext, JobServer, Submission, spans
 from rbee_job_server.jobs import JobPolicy
 from rbee_job_server.journal import RestoredJob
 from rbee_job_server.spans import SpanTracer
@@ -121,8 +123,30 @@ def test_a_cancelled_attempt_is_no_error() -> None:
     assert attempt.attributes["rbee.state"] == "cancelled"
 
 
-def test_a_restored_job_goes_on_with_its_span() -> None:
-    stored = RestoredJob(
+async def test_what_goes_on_in_the_next_run_is_sent_only_by_that() -> None:
+    async def ask_below(_: Status, context: JobContext) -> None:
+        assert context.job.span is not None
+        with context.job.span.attempt("status", 0, peer="worker/w", lower_job_id="job-below"):
+            asking.set()
+            await anyio.sleep_forever()
+
+    asking = anyio.Event()
+    with collector() as taken:
+        made = tracer(taken.url)
+        server = JobServer(service="hive", actor="hive/box1", handlers={Status: ask_below}, tracer=made)
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(server.run)
+            server.submit(Submission(operation=Status(), correlation_id="corr-1", respond_async=True))
+            await asking.wait()
+            await server.leave()
+            tasks.cancel_scope.cancel()
+        made.close()
+
+    assert taken.spans() == []
+
+
+def restored() -> RestoredJob:
+    return RestoredJob(
         job_id=new_job_id(),
         seq=1,
         operation=Infer(model="m", prompt="heffalump"),
@@ -143,10 +167,34 @@ def test_a_restored_job_goes_on_with_its_span() -> None:
         steps=[],
         trace=CALLER,
     )
+
+
+def test_a_restored_job_goes_on_with_its_span() -> None:
+    stored = restored()
     with collector() as taken:
         made = tracer(taken.url)
         assert made.resume(stored, Published()).context == begin(made, stored.job_id, CALLER).context
         made.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_traced"),
+    [({}, True), ({"had_ended": True}, False), ({"state": "completed", "finished_at": "2026"}, False)],
+    ids=["runs", "ended below", "ended here"],
+)
+def test_what_had_ended_in_the_run_before_is_not_traced_again(
+    changes: dict[str, Any], is_traced: bool
+) -> None:
+    with collector() as taken:
+        made = tracer(taken.url)
+        server = JobServer(service="hive", actor="hive/box1", handlers={}, tracer=made)
+        stored = msgspec.structs.replace(restored(), **changes)
+        server.restore(stored)
+        job = server.registry.get(stored.job_id)
+        made.close()
+
+    assert (job.span is not None) is is_traced
+    assert job.trace is not None, "what it sends below stays in its caller's trace"
 
 
 def test_only_the_first_output_is_looked_at() -> None:

@@ -5,8 +5,10 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import anyio
@@ -57,11 +59,13 @@ class ServiceManager:
 
 
 @pytest.fixture(params=["path", "abstract"])
-def manager(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ServiceManager]:
-    address = str(tmp_path / "notify") if request.param == "path" else f"@rbee-{uuid.uuid4().hex}"
-    made = ServiceManager(address)
-    yield made
-    made.socket.close()
+def manager(request: pytest.FixtureRequest) -> Iterator[ServiceManager]:
+    # Not in tmp_path: the address of a socket has 108 bytes at most.
+    with tempfile.TemporaryDirectory(prefix="rbee-", dir="/tmp") as folder:
+        address = f"{folder}/notify" if request.param == "path" else f"@rbee-{uuid.uuid4().hex}"
+        made = ServiceManager(address)
+        with closing(made.socket):
+            yield made
 
 
 def test_each_word_is_one_datagram(manager: ServiceManager) -> None:
@@ -188,6 +192,18 @@ async def test_a_loop_that_is_stuck_keeps_the_sign_of_life_back(manager: Service
     assert manager.messages() == [{"WATCHDOG": "1"}, {"STATUS": "well"}]
 
 
+async def test_an_event_loop_that_stood_still_does_not_make_its_loops_stuck(manager: ServiceManager) -> None:
+    """After a long import, say, all are late alike; a sign of life withheld then would cost the service."""
+    last_round = anyio.current_time() - 14.0
+    reporter = Reporter(manager.notifier(WATCHDOG_USEC="20000000"), vital={"workers": lambda: last_round})
+    reporter._report(late_s=9.0)
+    on_time = manager.messages()
+    reporter._report()
+
+    assert {"WATCHDOG": "1"} in on_time
+    assert manager.messages() == [{"STATUS": "stuck: workers"}]
+
+
 async def test_while_it_stops_it_asks_for_time_and_not_for_ever(
     manager: ServiceManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +242,18 @@ def test_a_service_is_ready_when_it_answers_and_says_that_it_stops(manager: Serv
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_start_that_is_broken_off_leaves_what_runs_to_the_next(manager: ServiceManager) -> None:
+    """At a second restart during a start systemd sends SIGTERM alone; what was taken up is to live on."""
+    command = [sys.executable, "-W", "error", str(SCRIPT), "0", "5", "broken-off"]
+    environ = os.environ | {"NOTIFY_SOCKET": manager.address}
+    done = subprocess.run(command, env=environ, capture_output=True, timeout=PATIENCE_S, check=False)
+
+    assert done.returncode == 0, done.stderr
+    told = {name for message in manager.messages() for name in message}
+    assert "STOPPING" in told
+    assert "READY" not in told
 
 
 def test_children_are_not_to_speak_for_their_parent() -> None:

@@ -1,7 +1,10 @@
 """`rbee install` and `rbee uninstall` below a folder: what is there afterwards, what is told and refused."""
 
+import errno
+import grp
 import json
 import os
+import pwd
 import re
 import socket
 import stat
@@ -16,7 +19,7 @@ import pytest
 from rbee_contracts.errors import RbeeError
 from rbee_keeper.install import checks
 from rbee_keeper.install.machine import Change, Machine
-from rbee_keeper.install.steps import PACKAGED_PREFIX, UNITS, unit_text
+from rbee_keeper.install.steps import PACKAGED_PREFIX, UNITS, File, Folder, unit_text
 
 if TYPE_CHECKING:
     from packages.keeper.tests.conftest import Sandbox
@@ -180,6 +183,128 @@ def test_uninstalling_keeps_settings_and_state_and_purging_does_not(install: Ins
     assert install("uninstall", "queen").stdout == "No queen is installed here; nothing was changed.\n"
 
 
+def test_what_one_role_keeps_is_not_purged_with_the_other(install: Install, root: Path) -> None:
+    install("queen")
+    install("hive")
+    (root / "var/lib/rbee-queen").mkdir(parents=True)
+    install("uninstall", "queen")
+    install("uninstall", "hive", "--purge", "--yes")
+    assert tree(root) == COMMON | {"/etc/rbee/queen.env"}
+    assert (root / "var/lib/rbee-queen").is_dir()
+
+    (root / "etc/rbee/notes").write_text("of the administrator")
+    last = install("uninstall", "queen", "--purge", "--yes")
+    assert tree(root) == {"/etc/rbee/notes"}
+    assert "kept     /etc/rbee: it holds files that are not rbee's: notes" in last.stdout
+
+
+def test_a_role_that_is_disabled_is_installed_all_the_same(install: Install, root: Path) -> None:
+    install("queen")
+    install("hive")
+    (root / "etc/systemd/system/multi-user.target.wants/rbee-queen.service").unlink()
+    install("uninstall", "hive", "--purge", "--yes")
+
+    assert tree(root) == COMMON | {"/etc/rbee/queen.env", "/etc/systemd/system/rbee-queen.service"}
+
+
+def test_a_token_that_was_put_there_by_hand_gets_the_mode_that_a_service_needs(
+    install: Install, root: Path
+) -> None:
+    (root / "etc/rbee").mkdir(parents=True, mode=0o700)
+    (root / "etc/rbee/token").write_text(f"{TOKEN}\n")
+    (root / "etc/rbee/token").chmod(0o644)
+    said = install("queen")
+
+    assert said.returncode == 0, said.stderr
+    assert "changed  /etc/rbee/token: to owner rbee:rbee and mode 0600" in said.stdout
+    assert (root / "etc/rbee/token").read_text() == f"{TOKEN}\n"
+    assert (mode(root / "etc/rbee"), mode(root / "etc/rbee/token")) == (0o750, 0o600)
+    assert "nothing was changed" in install("queen").stdout
+
+
+def test_a_closed_umask_closes_no_folder_above(install: Install, root: Path) -> None:
+    install("queen")
+    before = os.umask(0o077)
+    try:
+        said = install("hive", "--models-dir", "/srv/a/models")
+    finally:
+        os.umask(before)
+
+    assert said.returncode == 0, said.stderr
+    assert (mode(root / "srv/a"), mode(root / "srv/a/models")) == (0o755, 0o750)
+    assert mode(root / "etc/systemd/system/rbee-hive.service") == 0o644
+
+
+def test_the_hive_of_a_queens_machine_finds_her_where_her_settings_say(install: Install, root: Path) -> None:
+    install("queen", "--port", "8000", "--host", "fd00::5")
+    install("hive")
+
+    settings = tomllib.loads((root / "etc/rbee/hive.toml").read_text())
+    assert settings["queen_url"] == "http://[fd00::5]:8000"
+
+
+def test_another_models_folder_than_the_settings_name_is_refused(install: Install, root: Path) -> None:
+    install("queen")
+    folder = "/srv/two words 100% \N{SNOWFLAKE} \N{GRINNING FACE}"
+    assert install("hive", "--models-dir", f"{folder}/").returncode == 0
+    settings = (root / "etc/rbee/hive.toml").read_text()
+    assert tomllib.loads(settings)["models_dir"] == folder
+    before = contents(root)
+    said = install("hive", "--models-dir", "/srv/other")
+
+    assert said.returncode == 1
+    assert "/etc/rbee/hive.toml names another folder of models" in said.stderr
+    assert contents(root) == before
+    assert not (root / "srv/other").exists()
+    assert "nothing was changed" in install("hive", "--models-dir", folder).stdout
+    (root / "etc/rbee/hive.toml").write_text("port 1")
+    assert "is not TOML" in install("hive", "--models-dir", folder).stderr
+
+
+def test_a_hive_that_is_installed_again_after_its_removal_needs_no_options(
+    install: Install, root: Path, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    token.chmod(0o600)
+    install("hive", "--queen", "http://10.0.0.5:7833", "--token-file", str(token))
+    install("uninstall", "hive")
+    again = install("hive")
+
+    assert again.returncode == 0, again.stderr
+    assert "http://10.0.0.5:7833" in (root / "etc/rbee/hive.toml").read_text()
+
+
+def test_nothing_is_done_outside_of_an_image(install: Install, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "host").mkdir()
+    (root / "etc").mkdir()
+    (root / "etc/rbee").symlink_to(tmp_path / "host")
+    said = install("queen")
+
+    assert said.returncode == 1
+    assert "/etc/rbee/token lies behind a link that leads out of" in said.stderr
+    assert list((tmp_path / "host").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--hive-id", "box 1"), "'box 1' is no name of a hive"),
+        (("--hive", "http://10.0.0.7:7835"), "for a hive's queen say --queen URL"),
+    ],
+    ids=["hive-id", "hive-url"],
+)
+def test_options_that_make_no_hive_are_refused(
+    install: Install, root: Path, words: tuple[str, ...], why: str
+) -> None:
+    install("queen")
+    said = install("hive", *words)
+
+    assert said.returncode != 0
+    assert why in " ".join(said.stderr.split())
+    assert tree(root) == COMMON | QUEEN
+
+
 def test_purging_asks_first(install: Install, root: Path) -> None:
     install("queen")
     refused = install("uninstall", "queen", "--purge")
@@ -238,9 +363,12 @@ def test_a_program_that_is_not_there_is_missed(install: Install, root: Path) -> 
     [
         ("models", "no absolute path"),
         ("/home/me/models", "lies below /home"),
+        ("/srv/../home/me/models", "lies below /home"),
         ("/srv/a\nb", "no absolute path"),
+        ("/", "no absolute path"),
+        ("/var/lib/rbee-hive/mine", "goes with --purge"),
     ],
-    ids=["relative", "hidden", "newline"],
+    ids=["relative", "hidden", "hidden-by-dots", "newline", "root", "state"],
 )
 def test_a_models_folder_that_a_hive_could_not_use_is_refused(
     install: Install, root: Path, folder: str, why: str
@@ -287,6 +415,20 @@ def test_an_environment_that_services_cannot_see_is_refused(
     assert "PYTHON=/usr/bin/python3" in hidden
 
 
+def test_what_a_link_leads_to_must_be_seen_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "HIDDEN", (str(tmp_path / "home"),))
+    (tmp_path / "home/rbee/bin").mkdir(parents=True)
+    (tmp_path / "home/rbee/bin/rbee-queen").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "home/rbee")
+
+    told = refusal(lambda: checks.check_environment(tmp_path / "link", "queen"))
+    assert f"{tmp_path}/link lies below {tmp_path}/home" in told
+    told = refusal(lambda: checks.usable_models_dir(str(tmp_path / "link"), is_live=True))
+    assert "which its unit hides from the hive" in told
+    assert checks.usable_models_dir(str(tmp_path / "link"), is_live=False) == str(tmp_path / "link")
+    assert checks.usable_models_dir("/var/lib/rbee-hive/models/", is_live=False) is None
+
+
 def test_a_closed_folder_above_the_environment_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,12 +453,80 @@ def test_a_taken_port_is_told() -> None:
     checks.check_port("127.0.0.1", port, "hive")
 
 
+def test_two_slashes_are_the_machine_itself(sandbox: "Sandbox") -> None:
+    said = sandbox.run("rbee", "uninstall", "queen", "--root", "//", "--json", "--dry-run")
+
+    assert said.returncode == 0 or "systemctl cannot be run" in said.stderr
+    assert Machine(Path("//").resolve(), is_dry=True, tell=lambda change: None).is_live
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["/opt/my rbee", "/opt/100%", "/opt/$HOME", '/opt/"'],
+    ids=["space", "percent", "dollar", "quote"],
+)
+def test_an_environment_that_a_unit_cannot_name_is_refused(prefix: str) -> None:
+    assert "that a unit cannot name" in refusal(lambda: checks.check_prefix(Path(prefix)))
+    checks.check_prefix(Path("/opt/rbee-0.6/.venv"))
+
+
+def test_a_write_that_fails_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(tmp_path, is_dry=False, tell=lambda change: None)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        told = refusal(lambda: machine.make(File(path="/etc/rbee/token", text=TOKEN)))
+    assert told == (
+        "cannot make /etc/rbee/token: No space left on device. "
+        "Mend that and run it again: what is done stays done."
+    )
+    assert list((tmp_path / "etc/rbee").iterdir()) == []
+    assert machine.make(File(path="/etc/rbee/token", text=TOKEN))
+
+
+def test_a_user_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine = Machine(tmp_path, is_dry=False, tell=lambda change: None)
+    machine.is_live = True
+    step = File(path="/token", text=TOKEN, owner="no-such-user-rbee:no-such-group-rbee")
+
+    assert "Make them: systemd-sysusers" in refusal(lambda: machine.make(step))
+
+
+def test_only_the_user_that_was_made_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: list[Change] = []
+    machine = Machine(Path("/"), is_dry=True, tell=changes.append)
+    person = pwd.struct_passwd(("rbee", "x", 1000, 1000, "Rosa Bee", "/home/rbee", "/bin/sh"))
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: person)
+    monkeypatch.setattr(grp, "getgrnam", lambda name: grp.struct_group(("rbee", "x", 1000, [])))
+    machine.remove_user()
+
+    assert [(change.what, change.verdict) for change in changes] == [("user rbee", "kept")]
+
+
+@pytest.mark.parametrize(
+    ("state", "done"), [("failed", ["systemctl reset-failed rbee-hive.service"]), ("inactive", [])]
+)
+def test_a_failure_of_before_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch, state: str, done: list[str]
+) -> None:
+    """systemd refuses to start what it has given up, also when its cause is mended."""
+    changes: list[Change] = []
+    told = subprocess.CompletedProcess[str]([], 0, f"{state}\n", "")
+    monkeypatch.setattr(subprocess, "run", lambda *words, **options: told)
+    Machine(Path("/"), is_dry=True, tell=changes.append).forget_failure("rbee-hive.service")
+
+    assert [change.what for change in changes] == done
+
+
 def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
     changes: list[Change] = []
     (tmp_path / "etc").write_text("a file")
     machine = Machine(tmp_path, is_dry=False, tell=changes.append)
-    from rbee_keeper.install.steps import Folder
-
     with pytest.raises(RbeeError, match="cannot make /etc/rbee: Not a directory"):
         machine.make(Folder(path="/etc/rbee", mode=0o750, owner="root:rbee"))
 

@@ -1,5 +1,6 @@
 """`rbee-hive end-workers`: what a hive has left and no other takes up is ended, and nothing else."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -122,6 +123,29 @@ async def test_a_record_of_an_earlier_boot_names_nobody(tmp_path: Path) -> None:
     assert psutil.Process(process.pid).is_running()
     await process.kill()
     await process.wait()
+    process.close()
+
+
+async def test_a_record_that_cannot_be_removed_spares_no_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = await WorkerProcess.start(
+        [sys.executable, "-c", "import time; time.sleep(600)"],
+        {NONCE_VARIABLE: NONCE},
+        tmp_path / "w.log",
+        NONCE,
+    )
+    records = Records(tmp_path / "workers")
+    records.write(record("w1", "an-earlier-boot", None))
+    records.write(record("w2", boot_id(), process))
+
+    def read_only(records: Records, worker_id: str) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Records, "forget", read_only)
+
+    assert await end_left(tmp_path)
+    assert (await process.wait()).signal == signal.SIGTERM
     process.close()
 
 

@@ -68,6 +68,16 @@ def test_the_hives_job_has_its_id_its_step_and_what_it_had_said() -> None:
     assert (placed.data.worker_id, placed.data.port) == ("w1", 9301)
 
 
+def test_a_job_that_has_ended_below_is_told_from_one_that_runs() -> None:
+    """The hive before has counted it; read again only now, it would seem to have taken until now."""
+    ended = made(record(state="completed", finished_at="2026-11-22T12:00:20Z"))
+    running = made(record())
+
+    assert ended is not None
+    assert running is not None
+    assert (ended.had_ended, running.had_ended) == (True, False)
+
+
 def test_its_trace_goes_on_below_the_queens_attempt() -> None:
     job = made(record(traceparent=f"00-{'a' * 32}-{'b' * 16}-01"))
 

@@ -202,3 +202,15 @@ def test_what_a_heartbeat_costs_does_not_move_the_next_one(due: float, late_s: f
     assert periods == pytest.approx(round(periods), abs=1e-6)
     assert due + late_s - 1e-6 <= found <= due + late_s + BEAT_EVERY_S + 1e-6
     assert found >= due + BEAT_EVERY_S
+
+
+@settings(deadline=None)
+@given(waits=st.lists(st.floats(0, 0.9), max_size=30))
+def test_heartbeats_that_tell_of_changes_do_not_put_off_the_next_one(waits: list[float]) -> None:
+    """A hive whose workers change often would fall silent for seconds, and be taken for unreachable."""
+    due = now = 100.0
+    for wait_s in waits:
+        due = next_due(due, now)
+
+        assert now <= due <= now + BEAT_EVERY_S
+        now = min(due, now + wait_s)

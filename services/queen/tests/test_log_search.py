@@ -1,5 +1,6 @@
 """A search of the whole cluster's logs: each hive answers for itself, and none is waited for too long."""
 
+from collections import Counter
 from typing import Any
 
 import anyio
@@ -11,7 +12,7 @@ from rbee_contracts.errors import NotImplementedHere
 from rbee_contracts.nodes import HiveHeartbeat, LogLine, LogSearchResult
 from rbee_contracts.operations import LogSearch
 from rbee_job_server import JobContext
-from rbee_job_server.log_search import LogRing
+from rbee_job_server.log_search import MAX_RESULT_BYTES, LogRing
 from rbee_queen import log_search
 from rbee_queen.fleet import Fleet
 from rbee_queen.log_search import ClusterLogs
@@ -33,6 +34,14 @@ class Line:
                 await anyio.sleep_forever()
             case "odd":
                 return {"lines": 7}
+            case "much" | "more":
+                full = [
+                    LogLine(
+                        timestamp=f"{n:04}", service=f"hive/{self.hive_id}", level="info", event="e" * 3000
+                    )
+                    for n in range(1000)
+                ]
+                return msgspec.to_builtins(LogSearchResult(correlation_id=op.correlation_id, lines=full))
         line = LogLine(timestamp="2026", service=f"hive/{self.hive_id}", level="info", event="job_accepted")
         result = LogSearchResult(correlation_id=op.correlation_id, lines=[line], notes=[self.hive_id])
         return msgspec.to_builtins(result)
@@ -77,6 +86,19 @@ async def test_a_hive_that_is_old_or_slow_or_odd_is_named_and_the_rest_is_told(
     assert found["silent"]["old"] == "log_search is not known."
     assert found["silent"]["slow"] == "It did not answer within 0.05 s."
     assert found["silent"]["odd"].startswith("It answered what this queen does not understand")
+
+
+async def test_what_all_hives_tell_together_is_bounded_and_each_is_heard() -> None:
+    found = await search("much", "more", "good")
+    told = Counter(services(found))
+
+    assert len(msgspec.json.encode(found["lines"])) < MAX_RESULT_BYTES
+    assert told["queen"] == told["hive/good"] == 1
+    assert 300 < told["hive/much"] == told["hive/more"] < 400
+    assert [line["timestamp"] for line in found["lines"] if line["service"] == "hive/much"][-1] == "0999"
+    assert [
+        note for note in found["notes"] if f"Of much's lines the {1000 - told['hive/much']} oldest" in note
+    ]
 
 
 async def test_only_the_hive_that_is_named_is_asked() -> None:

@@ -98,6 +98,7 @@ class JobClient:
             total=None, connect=read_s, sock_connect=self._timeouts.connect, sock_read=read_s
         )
         self._session: aiohttp.ClientSession | None = None
+        self._streams: set[aiohttp.ClientResponse] = set()
         self._is_closed = False
 
     async def __aenter__(self) -> Self:
@@ -109,16 +110,20 @@ class JobClient:
         await self.aclose()
 
     async def aclose(self) -> None:
+        """Close all connections. A stream that is being read then is cut."""
         self._is_closed = True
+        for response in self._streams:
+            # aiohttp closes the connection and tells nobody, who would then wait for ever.
+            response.content.set_exception(aiohttp.ClientPayloadError())
         if self._session is not None:
             await self._session.close()
 
     @property
     def _http(self) -> aiohttp.ClientSession:
         """The session, which is made in the event loop that first asks for it."""
+        if self._is_closed:
+            raise RuntimeError(f"The client of {self.base_url} is closed.")
         if self._session is None:
-            if self._is_closed:
-                raise RuntimeError(f"The client of {self.base_url} is closed.")
             # 0 is aiohttp's "no limit"; idle connections are given up before the services close them after
             # 5 s, or a submit could meet the close.
             connector = aiohttp.TCPConnector(
@@ -202,7 +207,7 @@ class JobClient:
         """Give a job's events from after `position` to its terminal one, across lost connections.
 
         Raises:
-            StreamCut: the connection was lost and not regained within `timeouts.resume`.
+            StreamCut: the connection was lost and not regained within `timeouts.resume`, or this was closed.
             Rejected: the service does not know the job, or no longer has its output.
         """
         async with aclosing(self.stream_from(job_id, position)) as events:
@@ -236,7 +241,7 @@ class JobClient:
                     )
                 return
             except (StreamCut, Unreachable, Rejected) as exc:
-                if not exc.retryable:
+                if not exc.retryable or self._is_closed:
                     raise
                 now = asyncio.get_running_loop().time()
                 give_up_at = give_up_at or now + self._timeouts.resume
@@ -364,9 +369,13 @@ class JobClient:
         async with self._http.get(
             self.base_url + path, headers=headers, timeout=self._stream_timeout, allow_redirects=False
         ) as response:
-            if response.status >= 400:
-                _raise_for_status(await _read(response))
-            yield response
+            self._streams.add(response)
+            try:
+                if response.status >= 400:
+                    _raise_for_status(await _read(response))
+                yield response
+            finally:
+                self._streams.discard(response)
 
     def _check_type(self, response: aiohttp.ClientResponse) -> None:
         kind = response.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0]

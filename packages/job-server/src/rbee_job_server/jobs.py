@@ -121,6 +121,7 @@ class Job:
         "error",
         "finished",
         "finished_at",
+        "had_ended",
         "has_spoken",
         "id",
         "idempotency_key",
@@ -194,6 +195,8 @@ class Job:
         """When its first output came, in this process."""
         self.end_code = ""
         """How it ended, in this process: the code of its terminal event, or `ok`."""
+        self.had_ended = False
+        """Whether it ended in the run before, here or below."""
         self.lower_n = 0
         """The place, in the stream below, of the last narration a restored job had relayed from there."""
         self.said: deque[Said] | None = None
@@ -247,6 +250,7 @@ class Job:
         job.finished = now - stored.age_s if stored.finished_at is not None else None
         job.error, job.usage, job.result = stored.error, stored.usage, _as_json(stored.result)
         job.has_spoken = stored.has_spoken
+        job.had_ended = stored.had_ended or job.is_finished
         job.steps = list(stored.steps)
         job.lower_n = max((said.lower_n for said in stored.said if said.lower_n is not None), default=0)
         job.said = deque(stored.said)
@@ -560,6 +564,8 @@ class Job:
     def let_go(self) -> None:
         """Stop what runs for the job in this process; it has not ended."""
         self.disarm()
+        if self.span is not None:
+            self.span.leave()
         self._stop_handler()
 
     def _too_large(self) -> OutputTooLarge:

@@ -45,7 +45,11 @@ class Said(Struct, frozen=True, kw_only=True):
 
 
 class RestoredJob(Struct, frozen=True, kw_only=True):
-    """A job as the journal knows it after a restart. Output is not in it: it is read below again."""
+    """A job as the journal knows it after a restart. Output is not in it: it is read below again.
+
+    Args:
+        had_ended: it had ended below when it was found, and is only read again: not counted and not traced.
+    """
 
     job_id: str
     seq: int
@@ -66,6 +70,7 @@ class RestoredJob(Struct, frozen=True, kw_only=True):
     said: list[Said]
     steps: list[Step]
     trace: TraceContext | None = None
+    had_ended: bool = False
 
 
 class Journal(Protocol):

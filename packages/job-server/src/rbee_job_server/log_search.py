@@ -22,8 +22,8 @@ RING_CHARS = 8 * 2**20
 MAX_TEXT_CHARS = 4000
 """Of one line that is told; the rest is cut."""
 
-MAX_RESULT_CHARS = 4 * 2**20
-"""Of all lines that are told at once, as they were written; beyond it the newest are."""
+MAX_RESULT_BYTES = 4 * 2**20
+"""Of all lines that are told at once, as JSON; beyond it the newest are. Well below what one job may say."""
 
 _ORDER = {"debug": 0, "info": 1, "warning": 2, "error": 3, "critical": 4}
 _TEXT_LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
@@ -63,35 +63,40 @@ class LogRing:
     @property
     def since(self) -> str | None:
         """The time of the oldest line that is kept."""
-        return next((line.timestamp for text in self.lines()[:1] if (line := _of_json(text))), None)
+        return next((line.timestamp for text in self.lines()[:1] if (line := _of_json(text, ""))), None)
 
 
 def find(texts: Iterable[str], op: LogSearch, *, service: str, now: datetime) -> Iterator[LogLine]:
     """Give the lines among `texts`, one process's in their order, that belong to a request.
 
     Args:
-        service: who has written what does not say it by itself: an engine's own lines.
+        service: who has written them, whatever they say of themselves: an engine writes what it likes.
         now: this machine's time, from which `since_s` counts back.
     """
     after = "" if op.since_s is None else _timestamp(now - timedelta(seconds=op.since_s))
     least = _ORDER[op.level]
-    ids: set[str] = set()
+    as_value = f'"{op.correlation_id}"'
+    jobs_in = re.compile(rf"{re.escape(op.correlation_id)}-(job-[0-9a-f-]{{36}})").findall
+    jobs: set[str] = set()
     last = ""
     for text in texts:
+        is_json = text.startswith("{")
         if op.correlation_id not in text:
-            if text.startswith("{"):
+            if is_json:
                 last = text
             continue
-        line = _of_json(text) if text.startswith("{") else None
+        # A short id is in many lines, and a request's id may be one that thousands have.
+        is_of_engine = not jobs.isdisjoint(jobs_in(text))
+        line = _of_json(text, service) if is_json and (is_of_engine or as_value in text) else None
         if line is not None:
             last = text
             if line.facts.pop("correlation_id", None) == op.correlation_id:
-                ids.add(f"{op.correlation_id}-{line.facts.get('job_id')}")
-            elif not any(engine_id in text for engine_id in ids):
+                jobs.add(str(line.facts.get("job_id")))
+            elif not is_of_engine:
                 continue
-        elif any(engine_id in text for engine_id in ids):
+        elif is_of_engine:
             # The engine's clock is not told as ours is: it was after what we had logged before.
-            before = _of_json(last)
+            before = _of_json(last, service)
             line = _of_text(text, service, "" if before is None else before.timestamp)
         else:
             continue
@@ -99,13 +104,13 @@ def find(texts: Iterable[str], op: LogSearch, *, service: str, now: datetime) ->
             yield line
 
 
-def newest(lines: list[LogLine], limit: int) -> list[LogLine]:
+def newest(lines: list[LogLine], limit: int, max_bytes: int = MAX_RESULT_BYTES) -> list[LogLine]:
     """Give lines in the order of their time, the newest only where there are too many."""
     lines = sorted(lines, key=lambda line: line.timestamp)
-    chars, kept = 0, 0
+    size, kept = 0, 0
     for line in reversed(lines[-limit:]):
-        chars += len(line.event) + sum(len(str(fact)) for fact in line.facts.values())
-        if chars > MAX_RESULT_CHARS:
+        size += len(msgspec.json.encode(line))
+        if size > max_bytes:
             break
         kept += 1
     return lines[len(lines) - kept :]
@@ -122,13 +127,13 @@ def kept_since(ring: LogRing, service: str) -> str:
     return f"{service} has its own lines since {ring.since or 'now'}: {why}."
 
 
-def _of_json(text: str) -> LogLine | None:
+def _of_json(text: str, service: str) -> LogLine | None:
     try:
         values = _decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return None
-    service, event, timestamp = values.get("service"), values.get("event"), values.get("timestamp")
-    if not (isinstance(service, str) and isinstance(timestamp, str)):
+    event, timestamp = values.get("event"), values.get("timestamp")
+    if not ("service" in values and isinstance(timestamp, str)):
         return None
     kept = {name: value for name, value in values.items() if name not in _KNOWN or name == "correlation_id"}
     return LogLine(

@@ -205,7 +205,8 @@ async def serve(
             crash.
         on_crash: called at once when a loop has crashed: ends what must not outlive the process.
         on_leave: called on SIGUSR1, which then stops the service without draining, and leaves its jobs and
-            what runs for them to the next run. Without it that signal is not taken.
+            what runs for them to the next run. Without it that signal is not taken. A service manager's
+            SIGTERM before `reporter` has told that the service is ready does the same.
         reporter: tells the service manager how the service is; none is told without it.
     """
     allow_open_files(config.limits.max_connections)
@@ -243,10 +244,12 @@ async def serve(
         async def wait_for_signals() -> None:
             async for signum in received:
                 log.info("signal_received", signal=signum.name, again=ending.stop.is_set())
-                if signum == signal.SIGUSR1 and on_leave is not None:
+                # A start that a service manager breaks off, for a restart too, gets no SIGUSR1 before.
+                if on_leave is not None and (signum == signal.SIGUSR1 or reporter.is_starting):
                     server.keeps_jobs = True
                     on_leave()
-                if ending.stop.is_set() or signum == signal.SIGUSR1:
+                    ending.draining.cancel()
+                elif ending.stop.is_set():
                     ending.draining.cancel()
                 ending.stop.set()
 
@@ -261,7 +264,8 @@ async def serve(
         log.info("listening", host=host, port=port)
         if on_listening is not None:
             await on_listening()
-        reporter.ready()
+        if not ending.stop.is_set():
+            reporter.ready()
         group.start_soon(ending.supervise, reporter.run, "Reporter.run")
         await ending.stop.wait()
 

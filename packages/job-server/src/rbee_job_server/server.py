@@ -46,23 +46,17 @@ RETURN_WINDOW_S = 15.0
 
 OWN_WORDS = frozenset(
     {
-        *(
-            "no_worker",
-            "no_hive",
-            "hive_lost",
-            "hive_unreachable",
-            "unreachable",
-            "shutting_down",
-            "draining",
-        ),
-        *(
-            "worker_lost",
-            "worker_not_found",
-            "worker_not_ready",
-            "engine_died",
-            "job_lost",
-            "cancelled_below",
-        ),
+        "cancelled_below",
+        "draining",
+        "hive_lost",
+        "hive_unreachable",
+        "job_lost",
+        "no_hive",
+        "no_worker",
+        "shutting_down",
+        "unreachable",
+        "worker_not_found",
+        "worker_not_ready",
     }
 )
 """Failures of inferences that are explained by rbee itself; what an engine says may quote the request."""
@@ -164,7 +158,8 @@ class JobServer:
 
     def restore(self, stored: RestoredJob) -> None:
         """Take a job over from the run before; called before `run`."""
-        tracer = self._tracer if stored.finished_at is None else None
+        has_ended = stored.finished_at is not None or stored.had_ended
+        tracer = None if has_ended else self._tracer  # the run before has sent its span
         job = Job.restored(
             stored,
             actor=self.actor,
@@ -425,7 +420,7 @@ class JobServer:
                 state=job.state,
                 code=job.end_code or None,
                 first_output_s=_passed(job.started, job.spoke_at),
-                duration_s=_passed(job.created, job.finished),
+                duration_s=None if job.had_ended else _passed(job.created, job.finished),
             )
 
     async def _handle(self, job: Job, context: JobContext) -> None:

@@ -188,7 +188,16 @@ class SpanTracer:
 class SpanOfJob:
     """A `JobSpan`. Stands before the job's publisher, and notes what passes."""
 
-    __slots__ = ("_actor", "_publisher", "_span", "_span_context", "_tracer", "context", "publish_output")
+    __slots__ = (
+        "_actor",
+        "_is_left",
+        "_publisher",
+        "_span",
+        "_span_context",
+        "_tracer",
+        "context",
+        "publish_output",
+    )
 
     def __init__(
         self, tracer: SpanTracer, span: Span, publisher: Publisher, *, actor: str, tracestate: str | None
@@ -197,6 +206,7 @@ class SpanOfJob:
         self._span: Span | None = span
         """None once it has ended: thousands of ended jobs are kept."""
         self._span_context = span.get_span_context()
+        self._is_left = False
         self._publisher = publisher
         self._actor = actor
         self.context = _trace_context(self._span_context, tracestate)
@@ -269,6 +279,10 @@ class SpanOfJob:
                 span.set_status(StatusCode.ERROR, event.code)
         span.end()
 
+    def leave(self) -> None:
+        """Send no more of this job; see `JobSpan.leave`."""
+        self._span, self._is_left = None, True
+
     @contextmanager
     def attempt(
         self, operation: str, attempt: int, *, peer: str, lower_job_id: str
@@ -291,7 +305,8 @@ class SpanOfJob:
             span.set_attribute("rbee.state", "cancelled")
             raise
         finally:
-            span.end()
+            if not self._is_left:
+                span.end()
 
 
 class _Ids(IdGenerator):

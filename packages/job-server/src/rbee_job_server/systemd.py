@@ -128,6 +128,8 @@ class Reporter:
         self._vital = dict(vital or {})
         self._stuck: list[str] = []
         self._stops_until: float | None = None
+        self.is_starting = self._notifier.is_heard
+        """Whether a service manager still waits to be told that the service answers."""
 
     def watch(self, name: str, last_round: Callable[[], float]) -> None:
         """Have one more loop watched."""
@@ -135,6 +137,7 @@ class Reporter:
 
     def ready(self) -> None:
         """Tell that the service answers."""
+        self.is_starting = False
         self._notifier.ready(self._describe())
 
     def stopping(self, drain_s: float) -> None:
@@ -147,18 +150,22 @@ class Reporter:
         if not self._notifier.is_heard:
             await anyio.sleep_forever()
         watchdog_s = self._notifier.watchdog_s
+        every_s = STATUS_EVERY_S if watchdog_s is None else min(STATUS_EVERY_S, watchdog_s / 2)
+        due = anyio.current_time()
         while True:
-            self._report()
-            await anyio.sleep(STATUS_EVERY_S if watchdog_s is None else min(STATUS_EVERY_S, watchdog_s / 2))
+            self._report(anyio.current_time() - due)
+            due = anyio.current_time() + every_s
+            await anyio.sleep(every_s)
 
-    def _report(self) -> None:
+    def _report(self, late_s: float = 0.0) -> None:
+        """Report once. By what this comes late itself, the loops beside it were held up, and not stuck."""
         now, watchdog_s = anyio.current_time(), self._notifier.watchdog_s
         if self._stops_until is not None:
             if now < self._stops_until:
                 self._notifier.extend(STOP_STEP_S)
             self._notifier.status(f"stopping; {self._describe()}")
             return
-        stuck = [] if watchdog_s is None else self._stuck_loops(now, watchdog_s / 2)
+        stuck = [] if watchdog_s is None else self._stuck_loops(now, watchdog_s / 2 + max(0.0, late_s))
         if stuck != self._stuck:
             self._stuck = stuck
             log.error("loops_stuck", loops=stuck) if stuck else log.info("loops_go_on")

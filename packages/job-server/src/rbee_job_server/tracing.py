@@ -47,6 +47,9 @@ class JobSpan(Publisher, Protocol):
     ) -> AbstractContextManager[TraceContext]:
         """Span one try at a service below, counted from 0; gives what that service is told."""
 
+    def leave(self) -> None:
+        """Send neither this span nor those of its tries: the next run of the service goes on with them."""
+
 
 class Tracer(Protocol):
     """Makes the spans of one service, and sends them to the collector."""

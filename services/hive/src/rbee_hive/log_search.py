@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-import anyio.to_thread
+import anyio
+from anyio import to_thread
 
 from rbee_contracts.nodes import LogLine, LogSearchResult
 from rbee_contracts.operations import LogSearch
@@ -13,6 +14,9 @@ from rbee_job_server.log_search import LogRing, find, kept_since, newest, own_li
 
 SEARCHED_BYTES = 512 * 2**20
 """Read of workers' logs for one search, the newest first; a few tenths of a second for each 100 MiB."""
+
+SEARCHES_AT_ONCE = 2
+"""Files that are read at a time, for all searches: requests need the threads and the processor too."""
 
 
 class HiveLogs:
@@ -27,6 +31,7 @@ class HiveLogs:
         self._ring = ring
         self._actor = actor
         self._folder = folder
+        self._turn = anyio.CapacityLimiter(SEARCHES_AT_ONCE)
 
     def table(self) -> Handlers:
         return {LogSearch: self.search}
@@ -36,9 +41,9 @@ class HiveLogs:
         now = datetime.now(UTC)
         oldest = 0.0 if op.since_s is None else now.timestamp() - op.since_s
         notes = [kept_since(self._ring, self._actor)]
-        lines = own_lines(self._ring, op, self._actor)
+        lines = await to_thread.run_sync(own_lines, self._ring, op, self._actor, limiter=self._turn)
         left = SEARCHED_BYTES
-        for path, size in await anyio.to_thread.run_sync(logs_since, self._folder, oldest):
+        for path, size in await to_thread.run_sync(logs_since, self._folder, oldest, limiter=self._turn):
             left -= size
             if left < 0:
                 notes.append(
@@ -46,8 +51,8 @@ class HiveLogs:
                     "and not what is older."
                 )
                 break
-            lines += await anyio.to_thread.run_sync(search_file, path, op, now)
-        kept = newest(lines, op.limit)
+            lines += await to_thread.run_sync(search_file, path, op, now, limiter=self._turn)
+        kept = await to_thread.run_sync(newest, lines, op.limit, limiter=self._turn)
         if len(kept) < len(lines):
             notes.append(
                 f"{self._actor} has left out the {len(lines) - len(kept)} oldest lines; see `limit`."

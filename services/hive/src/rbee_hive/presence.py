@@ -27,8 +27,8 @@ CHANGE_EVERY_S = 0.05
 
 
 def next_due(due: float, now: float, every_s: float = BEAT_EVERY_S) -> float:
-    """Give the first time after `now` that is a whole number of periods after `due`."""
-    return due + every_s * max(1, math.floor((now - due) / every_s) + 1)
+    """Give the first time after `now` that is `due`, or a whole number of periods after it."""
+    return due + every_s * max(0, math.floor((now - due) / every_s) + 1)
 
 
 class Presence:

@@ -122,6 +122,7 @@ def restored_job(
         said=list(_said(record, job_id, operation, worker, hive_id)),
         steps=[Step(step=step, attempt=attempt, where=worker.id, lower_job_id=record.job_id)],
         trace=trace_above(record.traceparent, job_id) if is_of_a_queen else None,
+        had_ended=record.finished_at is not None,
     )
 
 

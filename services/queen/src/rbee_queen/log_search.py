@@ -2,12 +2,13 @@
 
 import anyio
 import msgspec
+from anyio import to_thread
 
 from rbee_contracts.errors import RbeeError
 from rbee_contracts.nodes import LogSearchResult
 from rbee_contracts.operations import LogSearch
 from rbee_job_server import JobContext
-from rbee_job_server.log_search import LogRing, kept_since, newest, own_lines
+from rbee_job_server.log_search import MAX_RESULT_BYTES, LogRing, kept_since, newest, own_lines
 from rbee_queen.fleet import Fleet, Hive
 
 HIVE_LIMIT_S = 30.0
@@ -48,9 +49,17 @@ class ClusterLogs:
         async with anyio.create_task_group() as tasks:
             for number, hive in enumerate(hives):
                 tasks.start_soon(ask, number, hive)
-        lines = newest(own_lines(self._ring, op, "queen"), op.limit)
+        share = MAX_RESULT_BYTES // (1 + len(found))
+        own = await to_thread.run_sync(own_lines, self._ring, op, "queen")
+        lines = newest(own, op.limit, share)
         notes = [kept_since(self._ring, "queen")]
         for hive_id in sorted(found):
-            lines += found[hive_id].lines
+            kept = newest(found[hive_id].lines, op.limit, share)
+            lines += kept
             notes += found[hive_id].notes
+            if len(kept) < len(found[hive_id].lines):
+                notes.append(
+                    f"Of {hive_id}'s lines the {len(found[hive_id].lines) - len(kept)} oldest are left out: "
+                    "they are too many for one answer; ask only this hive, or for less with `since_s`."
+                )
         return LogSearchResult(correlation_id=op.correlation_id, lines=lines, silent=silent, notes=notes)

@@ -34,7 +34,7 @@ async def run(config: WorkerConfig) -> int:
         tracer=tracer,
     )
 
-    server.metrics.models = lambda: {config.served_model_name: config.served_model_name}
+    server.metrics.otherwise = config.served_model_name
 
     async def run_engine() -> None:
         await state.run_engine(server)

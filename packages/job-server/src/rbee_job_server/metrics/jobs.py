@@ -6,15 +6,14 @@ pays for no more than the count of its submit, and a token for nothing.
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import anyio
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 from prometheus_client.metrics_core import Metric as Family
 
 from rbee_contracts.codes import CODES
-from rbee_contracts.events import Usage
 from rbee_contracts.operations import Infer, OpenAI
 from rbee_job_server.metrics.spec import OTHER, ByLabels, Metric
 
@@ -30,8 +29,14 @@ MAX_MODELS = 256
 LEARN_EVERY_S = 1.0
 """How often it is looked up which models are loaded, at most: unknown names cost nothing more."""
 
-LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 60.0)
-TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+LATENCY_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75),
+    *(1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0),
+)
+TOKEN_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5),
+)
 DURATION_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 DELAY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
@@ -74,7 +79,8 @@ PER_TOKEN = Metric(
     name="rbee_inference_time_per_output_token_seconds",
     kind="histogram",
     help="The mean time between two output tokens of a completed inference: from its first output at this "
-    "service to its end, by the tokens after the first one.",
+    "service to its end, by the tokens after the first one; pieces of output stand for tokens where the "
+    "result tells no usage.",
     labels=("operation", "model"),
     buckets=TOKEN_BUCKETS,
 )
@@ -113,14 +119,23 @@ JOB_METRICS = (
 )
 
 
+_Tokens: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
+"""What no engine tells is no count: a float would take more as infinite, or not at all."""
+
+
+class _Usage(Struct, frozen=True):
+    prompt_tokens: _Tokens
+    completion_tokens: _Tokens
+
+
 class _Timings(Struct, frozen=True):
-    queue_ms: float
+    queue_ms: Annotated[float, Meta(ge=0, le=1e10)]
 
 
 class _Told(Struct, frozen=True):
     """What is read of an inference's result."""
 
-    usage: Usage | None = None
+    usage: _Usage | None = None
     timings: _Timings | None = None
 
 
@@ -133,6 +148,8 @@ class JobMetrics:
     Args:
         models: gives the label of each name by which a loaded model may be asked for.
         now: monotonic seconds.
+
+    `otherwise` is the label of every other name; a service of one model sets it to that.
     """
 
     def __init__(
@@ -141,6 +158,7 @@ class JobMetrics:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.models = models
+        self.otherwise = OTHER
         self._now = now
         self._labels: dict[str, str] = {}
         self._learnt_at = -LEARN_EVERY_S
@@ -173,8 +191,8 @@ class JobMetrics:
 
     def ended(self, job: "Job") -> None:
         """A job has ended: called once for each, soon after."""
-        if not job.end_code:
-            return  # it had ended in the run before
+        if job.had_ended:
+            return  # and was counted then
         operation = job.operation.name
         code = job.end_code if job.end_code in KNOWN else OTHER
         self._finished[operation, job.state, code].inc()
@@ -188,20 +206,20 @@ class JobMetrics:
         labels = (operation, self._model_of(job))
         told = _told(job)
         if told.usage is not None:
-            self._tokens[*labels, "prompt"].inc(max(0, told.usage.prompt_tokens))
-            self._tokens[*labels, "output"].inc(max(0, told.usage.completion_tokens))
+            self._tokens[*labels, "prompt"].inc(told.usage.prompt_tokens)
+            self._tokens[*labels, "output"].inc(told.usage.completion_tokens)
         if told.timings is not None:
-            self._engine_queue[labels].observe(max(0.0, told.timings.queue_ms / 1000))
+            self._engine_queue[labels].observe(told.timings.queue_ms / 1000)
         outputs = job.outputs
         if job.spoke_at is None or (isinstance(job.operation, OpenAI) and outputs < 2):
             return
         self._first_token[labels].observe(job.spoke_at - started)
-        tokens = max(outputs, told.usage.completion_tokens if told.usage is not None else 0)
+        tokens = outputs if told.usage is None else told.usage.completion_tokens
         if job.state == "completed" and tokens > 1:
             self._per_token[labels].observe((finished - job.spoke_at) / (tokens - 1))
 
     def _model_of(self, job: "Job") -> str:
-        """Give a job's model as a label: names that callers make up are all one."""
+        """Give a job's model as a label: names that callers make up, or leave out, are all one."""
         asked = getattr(job.operation, "model", None) or ""
         label = self._labels.get(asked)
         if label is None and self._now() - self._learnt_at >= LEARN_EVERY_S:
@@ -210,7 +228,7 @@ class JobMetrics:
                 if len(self._labels) < MAX_MODELS:
                     self._labels[name] = model
             label = self._labels.get(asked)
-        return label or OTHER
+        return label or self.otherwise
 
     async def sleep(self, seconds: float) -> None:
         """Sleep, and take in how late the end of it came."""

@@ -143,6 +143,8 @@ def _install(
 ) -> None:
     from rbee_keeper.install.run import Asked, install
 
+    if call.settings.is_hive:
+        raise typer.BadParameter("--hive names a hive that runs already; for a hive's queen say --queen URL")
     asked = Asked(
         role=role,
         host=host,

@@ -1,6 +1,5 @@
 """`rbee logs`: what every service logged of one request."""
 
-import asyncio
 import re
 from collections import Counter
 from typing import Annotated, Literal, get_args
@@ -22,6 +21,9 @@ FOLLOW_EVERY_S = 1.0
 
 _STYLES = {"debug": "dim", "warning": "yellow", "error": "red", "critical": "red"}
 _UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+MAX_SINCE_S = 7 * 86_400.0
+"""What a search takes."""
+
 _duration = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhd]?)\Z").match
 
 
@@ -67,6 +69,9 @@ def register(app: typer.Typer) -> None:
         """
         if (correlation_id is None) == (job_id is None):
             raise typer.BadParameter("name the request: either --correlation-id ID or --job-id ID")
+
+        # Imported here: `rbee --help` needs no loop.
+        import asyncio
 
         from rbee_keeper.client import perform
 
@@ -162,4 +167,7 @@ def _seconds(text: str) -> float:
     found = _duration(text.strip())
     if found is None:
         raise typer.BadParameter(f"--since {text!r} is no length of time; write 90s, 10m, 2h or 1d")
-    return float(found[1]) * _UNITS_S[found[2]]
+    seconds = float(found[1]) * _UNITS_S[found[2]]
+    if not 0 < seconds <= MAX_SINCE_S:
+        raise typer.BadParameter(f"--since {text!r} must be more than 0 and at most 7d")
+    return seconds

@@ -1,20 +1,27 @@
 """What must hold before anything is installed, each refused with its cause and its remedy."""
 
 import os
+import re
 import secrets
 import socket
 import stat
+import tomllib
 from pathlib import Path
 
-from rbee_contracts.access import TOKEN_VARIABLE, UnusableToken, check_token
+from rbee_contracts.access import TOKEN_VARIABLE, UnusableToken, check_token, is_loopback
 from rbee_contracts.errors import Conflict, Forbidden, InvalidRequest, NotFound, RbeeError
+from rbee_contracts.ids import HIVE_ID_PATTERN
 from rbee_keeper.install.machine import Machine
-from rbee_keeper.install.steps import PACKAGED_PREFIX, TOKEN, Role
+from rbee_keeper.install.steps import DEFAULT_MODELS, PACKAGED_PREFIX, SETTINGS, STATE, TOKEN, Role
 
 HIDDEN = tuple(f"/{name}" for name in ("home", "root", "run/user", "tmp", "var/tmp"))
 """Folders that the units do not let their services see."""
 
+ANY_ADDRESS = ("0.0.0.0", "::")
+
 GENERATED_BYTES = 32
+
+_is_plain_path = re.compile(r"/[A-Za-z0-9/._@+:~=,-]*").fullmatch
 
 
 def check_rights(command: str) -> None:
@@ -31,6 +38,33 @@ def check_rights(command: str) -> None:
             f"systemd does not run this machine, so {command} can start nothing here. In a container start "
             "rbee-queen or rbee-hive itself; for an image give its folder with --root DIR.",
             code="no_systemd",
+        )
+
+
+def check_prefix(prefix: Path) -> None:
+    """Raise unless a unit can name the folder as it is: systemd gives spaces, quotes, % and $ a meaning.
+
+    Raises:
+        InvalidRequest: it cannot.
+    """
+    if not _is_plain_path(str(prefix)):
+        raise InvalidRequest(
+            f"the environment {str(prefix)!r} has a character in its path that a unit cannot name. Put "
+            f"rbee into a folder whose path has letters, digits and . _ - + @ only, as {PACKAGED_PREFIX}.",
+            code="prefix_unusable",
+        )
+
+
+def check_hive_id(hive_id: str) -> None:
+    """Raise unless a hive may be called so.
+
+    Raises:
+        InvalidRequest: it may not.
+    """
+    if not re.search(HIVE_ID_PATTERN, hive_id):
+        raise InvalidRequest(
+            f"--hive-id {hive_id!r} is no name of a hive: letters, digits and . _ - only.",
+            code="hive_id_unusable",
         )
 
 
@@ -80,20 +114,79 @@ def check_port(host: str, port: int, role: Role) -> None:
             ) from exc
 
 
-def check_models_dir(folder: str) -> None:
-    """Raise unless a hive could have its models there.
+def usable_models_dir(folder: str, *, is_live: bool) -> str | None:
+    """Give the folder of models as it is written down; None for the hive's own.
+
+    Args:
+        is_live: it is one of this machine, on which links are followed.
 
     Raises:
-        InvalidRequest: it could not.
+        InvalidRequest: a hive could not have its models there.
     """
-    if not folder.startswith("/") or any(ord(char) < 32 for char in folder):
-        raise InvalidRequest(f"--models-dir {folder!r} is no absolute path", code="models_dir_unusable")
-    hidden = _below_hidden(Path(folder))
+    is_text = folder.isprintable()  # no control character, and nothing that is not Unicode
+    if not folder.startswith("/") or not is_text or not os.path.normpath(folder).strip("/"):
+        raise InvalidRequest(
+            f"--models-dir {folder!r} is no absolute path of a folder.", code="models_dir_unusable"
+        )
+    folder = "/" + os.path.normpath(folder).lstrip("/")
+    if folder == DEFAULT_MODELS:
+        return None
+    hidden = _below_hidden(Path(folder)) or (_below_hidden(Path(folder).resolve()) if is_live else None)
     if hidden is not None:
         raise InvalidRequest(
             f"--models-dir {folder} lies below {hidden}, which its unit hides from the hive. Choose another.",
             code="models_dir_unusable",
         )
+    state = next((own for own in STATE["hive"] if Path(folder).is_relative_to(own)), None)
+    if state is not None:
+        raise InvalidRequest(
+            f"--models-dir {folder} lies below {state}, which is the hive's own and goes with --purge. "
+            "Choose another, or leave the option out.",
+            code="models_dir_unusable",
+        )
+    return folder
+
+
+def check_models_settings(machine: Machine, folder: str) -> None:
+    """Raise where the settings that a hive has already name another folder: they would be kept.
+
+    Raises:
+        Conflict: they do.
+        InvalidRequest: they cannot be read.
+    """
+    file = SETTINGS["hive"][0]
+    text = machine.read(file)
+    if text is None:
+        return
+    try:
+        named = tomllib.loads(text).get("models_dir")
+    except tomllib.TOMLDecodeError as exc:
+        raise InvalidRequest(f"{file} is not TOML: {exc}. Mend it first.", code="settings_unusable") from exc
+    if not isinstance(named, str) or os.path.normpath(named) != folder:
+        raise Conflict(
+            f"{file} names another folder of models, {named!r}, and settings are never overwritten. Write "
+            f'models_dir = "{folder}" there, then run this again.',
+            code="models_dir_differs",
+        )
+
+
+def local_queen_url(machine: Machine) -> str | None:
+    """Give where a hive finds the queen of its own machine, by her settings; None where she has none."""
+    text = machine.read(SETTINGS["queen"][0])
+    if text is None:
+        return None
+    options = " ".join(line for line in text.splitlines() if not line.startswith("#"))
+    port = re.search(r"--port[= ]([0-9]+)", options)
+    host = re.search(r"--host[= ]([^\s\"']+)", options)
+    address = "127.0.0.1" if host is None or host[1] in ANY_ADDRESS or is_loopback(host[1]) else host[1]
+    if host is not None and host[1] == "::1":
+        address = "::1"
+    return f"http://{bracketed(address)}:{port[1] if port else 7833}"
+
+
+def bracketed(host: str) -> str:
+    """Give an address as it stands in a URL."""
+    return f"[{host}]" if ":" in host else host
 
 
 def check_token_file(file: Path) -> None:
@@ -146,11 +239,12 @@ def settle_token(machine: Machine, role: Role, given: str | None, *, has_queen: 
 
 
 def _hidden(path: Path) -> str | None:
-    """Say why a service cannot see a path; None where it can."""
-    below = _below_hidden(path)
+    """Say why a service cannot see a path, or what it leads to; None where it can."""
+    real = path.resolve()
+    below = _below_hidden(path) or _below_hidden(real)
     if below is not None:
         return f"lies below {below}, which the units hide from their services"
-    for folder in (path, *path.parents):
+    for folder in (path, *path.parents, *real.parents):
         try:
             if not folder.stat().st_mode & stat.S_IXOTH:
                 return f"lies below {folder}, which other users may not enter"

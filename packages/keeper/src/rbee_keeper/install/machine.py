@@ -1,9 +1,11 @@
 """The machine that is installed on: looks whether a step is done, does it, and tells what it did."""
 
+import errno
 import grp
 import os
 import pwd
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Literal, TypeAlias
 from msgspec import Struct
 
 from rbee_contracts.errors import RbeeError
-from rbee_keeper.install.steps import USER, File, Folder, Link, Step
+from rbee_keeper.install.steps import SYSUSERS, USER, USER_COMMENT, File, Folder, Link, Step
 
 Verdict: TypeAlias = Literal["created", "changed", "kept", "removed", "ran"]
 
@@ -44,8 +46,19 @@ class Machine:
     # --- looking ---------------------------------------------------------------------------------------
 
     def at(self, path: str) -> Path:
-        """Give where a path of that machine lies now."""
-        return self._root / path.lstrip("/")
+        """Give where a path of that machine lies now.
+
+        Raises:
+            RbeeError: it lies outside of an image's folder, behind a link that only the image may follow.
+        """
+        place = self._root / path.lstrip("/")
+        if not place.parent.resolve().is_relative_to(self._root):
+            raise RbeeError(
+                f"{path} lies behind a link that leads out of {self._root}, onto this machine. "
+                "Make the link in the image a relative one.",
+                code="leads_out",
+            )
+        return place
 
     def has(self, path: str) -> bool:
         return os.path.lexists(self.at(path))
@@ -57,19 +70,22 @@ class Machine:
             RbeeError: it cannot be read.
         """
         try:
-            return self.at(path).read_text()
+            return self.at(path).read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as exc:
-            why = exc.strerror if isinstance(exc, OSError) else "it is not text"
-            raise RbeeError(f"{path} cannot be read: {why}. Run it as root.", code="unreadable") from exc
+            if isinstance(exc, OSError):
+                raise _cannot("read", path, exc, code="unreadable") from exc
+            raise RbeeError(f"{path} is not text. Mend or remove it.", code="unreadable") from exc
 
     def is_active(self, unit: str) -> bool:
         """Whether systemd runs the unit, or is about to."""
+        return self._state(unit) not in ("inactive", "failed", "")
+
+    def _state(self, unit: str) -> str:
         if not self.is_live:
-            return False
-        state = _run("systemctl", "show", "--property=ActiveState", "--value", unit).stdout.strip()
-        return state not in ("inactive", "failed", "")
+            return ""
+        return _run("systemctl", "show", "--property=ActiveState", "--value", unit).stdout.strip()
 
     # --- doing -----------------------------------------------------------------------------------------
 
@@ -89,6 +105,12 @@ class Machine:
                     return self._make_link(step)
         except OSError as exc:
             raise _cannot("make", step.path, exc) from exc
+        except KeyError as exc:
+            raise RbeeError(
+                f"{step.path} needs a user and a group {USER}, which this machine lacks. "
+                f"Make them: systemd-sysusers {SYSUSERS}",
+                code="no_user",
+            ) from exc
 
     def make_user(self, sysusers: str) -> None:
         """Make the system user, as the file at `sysusers` says."""
@@ -96,9 +118,18 @@ class Machine:
             self.command("systemd-sysusers", sysusers)
 
     def remove_user(self) -> None:
-        """Remove the system user and its group."""
-        if self.is_live and _has_user():
+        """Remove the system user and its group; one of this name that was there before stays."""
+        if not self.is_live or not _has_user():
+            return
+        if pwd.getpwnam(USER).pw_gecos == USER_COMMENT:
             self.command("userdel", USER)
+        else:
+            self._note(f"user {USER}", "kept", "it was not made by rbee install")
+
+    def forget_failure(self, unit: str) -> None:
+        """Have systemd forget that a unit has failed: it may be started again at once, and no trace stays."""
+        if self._state(unit) == "failed":
+            self.command("systemctl", "reset-failed", unit)
 
     def remove(self, path: str) -> bool:
         """Remove a file, a link or a whole folder; tell whether there was one.
@@ -127,6 +158,25 @@ class Machine:
             place.parent.rmdir()
         return True
 
+    def remove_empty(self, path: str) -> bool:
+        """Remove a folder of which nothing is left; where somebody has put something else, it stays.
+
+        Raises:
+            RbeeError: it cannot be removed.
+        """
+        place = self.at(path)
+        gone = {change.what for change in self.changes if change.verdict == "removed"}
+        try:
+            if not place.is_dir():
+                return False
+            others = sorted(entry.name for entry in place.iterdir() if f"{path}/{entry.name}" not in gone)
+            if others:
+                self._note(path, "kept", f"it holds files that are not rbee's: {', '.join(others)}")
+                return False
+            return self.remove(path)
+        except OSError as exc:
+            raise _cannot("remove", path, exc) from exc
+
     def command(self, *command: str) -> None:
         """Run a command of a live machine.
 
@@ -138,7 +188,7 @@ class Machine:
             return
         answer = _run(*command)
         if answer.returncode:
-            said = (answer.stderr or answer.stdout).strip()
+            said = (answer.stderr or answer.stdout).strip() or f"status {answer.returncode}"
             raise RbeeError(f"`{' '.join(command)}` failed: {said}", code="command_failed")
 
     def _note(self, what: str, verdict: Verdict, why: str = "") -> None:
@@ -149,32 +199,50 @@ class Machine:
     def _make_folder(self, step: Folder) -> bool:
         place = self.at(step.path)
         if place.is_dir():
-            return False
+            return not step.is_theirs and self._mend_rights(place, step)
         self._note(step.path, "created")
         if not self._is_dry:
-            place.mkdir(parents=True)
+            _make_parents(place)
+            place.mkdir()
             self._own(place, step.mode, step.owner)
         return True
 
     def _make_file(self, step: File) -> bool:
         there = self.read(step.path)
-        if there == step.text:
-            return False
-        if there is not None and step.is_theirs:
-            self._note(step.path, "kept", "it has settings of its own, which are never overwritten")
-            return False
+        if there is not None and (there == step.text or step.is_theirs):
+            if there != step.text:
+                self._note(step.path, "kept", "it has settings of its own, which are never overwritten")
+            return self._mend_rights(self.at(step.path), step)
         self._note(step.path, "created" if there is None else "changed")
         if self._is_dry:
             return True
         place = self.at(step.path)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        _make_parents(place)
         partial = place.with_name(f".{place.name}.new")
         partial.unlink(missing_ok=True)
-        # Nobody else may read it before it has its owner and mode.
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(step.text)
-        self._own(partial, step.mode, step.owner)
-        partial.replace(place)
+        try:
+            # Nobody else may read it before it has its owner and mode.
+            with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(step.text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            self._own(partial, step.mode, step.owner)
+            partial.replace(place)
+        finally:
+            partial.unlink(missing_ok=True)
+        return True
+
+    def _mend_rights(self, place: Path, step: File | Folder) -> bool:
+        """Give what is there already the owner and mode that it must have, but for what a link names."""
+        if place.is_symlink():
+            return False
+        there = place.stat()
+        has_owner = not self.is_live or (there.st_uid, there.st_gid) == _ids(step.owner)
+        if has_owner and stat.S_IMODE(there.st_mode) == step.mode:
+            return False
+        self._note(step.path, "changed", f"to owner {step.owner} and mode {step.mode:04o}")
+        if not self._is_dry:
+            self._own(place, step.mode, step.owner)
         return True
 
     def _make_link(self, step: Link) -> bool:
@@ -183,7 +251,7 @@ class Machine:
             return False
         self._note(step.path, "changed" if os.path.lexists(place) else "created")
         if not self._is_dry:
-            place.parent.mkdir(parents=True, exist_ok=True)
+            _make_parents(place)
             place.unlink(missing_ok=True)
             place.symlink_to(step.target)
         return True
@@ -191,8 +259,7 @@ class Machine:
     def _own(self, place: Path, mode: int, owner: str) -> None:
         """Set owner and mode. An image may not have its users yet: its systemd-tmpfiles does it then."""
         if self.is_live:
-            user, _, group = owner.partition(":")
-            os.chown(place, pwd.getpwnam(user).pw_uid, grp.getgrnam(group).gr_gid)
+            os.chown(place, *_ids(owner))
         os.chmod(place, mode)
 
 
@@ -215,13 +282,32 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
         ) from exc
 
 
+def _make_parents(place: Path) -> None:
+    """Make the folders above a place, which everybody may enter, whatever the caller's umask is."""
+    for folder in reversed([folder for folder in place.parents if not folder.exists()]):
+        folder.mkdir()
+        folder.chmod(0o755)
+
+
+def _ids(owner: str) -> tuple[int, int]:
+    """Give the numbers of a `user:group`.
+
+    Raises:
+        KeyError: there is no such user or group.
+    """
+    user, _, group = owner.partition(":")
+    return pwd.getpwnam(user).pw_uid, grp.getgrnam(group).gr_gid
+
+
 def _has_user() -> bool:
     try:
-        pwd.getpwnam(USER)
+        _ids(f"{USER}:{USER}")
     except KeyError:
         return False
     return True
 
 
-def _cannot(verb: str, path: str, exc: OSError) -> RbeeError:
-    return RbeeError(f"cannot {verb} {path}: {exc.strerror or exc}. Run it as root.", code="cannot_write")
+def _cannot(verb: str, path: str, exc: OSError, code: str = "cannot_write") -> RbeeError:
+    is_forbidden = exc.errno in (errno.EACCES, errno.EPERM)
+    remedy = "Run it as root." if is_forbidden else "Mend that and run it again: what is done stays done."
+    return RbeeError(f"cannot {verb} {path}: {exc.strerror or exc}. {remedy}", code=code)

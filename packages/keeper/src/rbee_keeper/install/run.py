@@ -10,7 +10,18 @@ from rbee_contracts.access import is_loopback
 from rbee_contracts.errors import InvalidRequest, RbeeError
 from rbee_keeper.install import checks
 from rbee_keeper.install.machine import Change, Machine, journal_tail
-from rbee_keeper.install.steps import SYSUSERS, UNITS, Role, Wanted, enabled_link, removed, steps
+from rbee_keeper.install.steps import (
+    CONFIG,
+    SETTINGS,
+    SYSUSERS,
+    UNITS,
+    Role,
+    Wanted,
+    removed,
+    steps,
+    traces,
+    unit_file,
+)
 from rbee_keeper.output import Output
 from rbee_keeper.settings import DEFAULT_QUEEN_URL, QUEEN_URL_VARIABLE
 
@@ -49,10 +60,11 @@ def install(asked: Asked, environ: Mapping[str, str], out: Output) -> None:
         RbeeError: it cannot be; says why and what to do.
     """
     role = asked.role
-    machine = Machine(asked.root.absolute(), is_dry=asked.is_dry, tell=_teller(out, asked.is_dry))
+    machine = Machine(asked.root.resolve(), is_dry=asked.is_dry, tell=_teller(out, asked.is_dry))
     prefix = (asked.prefix or Path(sys.prefix)).absolute()
     if machine.is_live and not asked.is_dry:
         checks.check_rights(f"rbee install {role}")
+    checks.check_prefix(prefix)
     if machine.is_live:
         checks.check_environment(prefix, role)
     elif not machine.has(f"{prefix}/bin/rbee-{role}"):
@@ -61,13 +73,17 @@ def install(asked: Asked, environ: Mapping[str, str], out: Output) -> None:
             "--prefix /opt/rbee",
             code="program_missing",
         )
-    if asked.models_dir is not None:
-        checks.check_models_dir(asked.models_dir)
+    if asked.hive_id is not None:
+        checks.check_hive_id(asked.hive_id)
+    models_dir = asked.models_dir
+    if models_dir is not None:
+        models_dir = checks.usable_models_dir(models_dir, is_live=machine.is_live)
+    if models_dir is not None:
+        checks.check_models_settings(machine, models_dir)
     if asked.token_file is not None:
         checks.check_token_file(asked.token_file)
-    has_queen = machine.has(enabled_link("queen"))
-    if role == "hive" and not has_queen:
-        _check_queen_is_named(asked, environ, machine)
+    has_queen = machine.has(unit_file("queen"))
+    queen_url = _queen_url(asked, environ, machine, has_queen=has_queen) if role == "hive" else ""
     token, is_new = checks.settle_token(machine, role, asked.token, has_queen=has_queen)
     wanted = Wanted(
         role=role,
@@ -75,9 +91,9 @@ def install(asked: Asked, environ: Mapping[str, str], out: Output) -> None:
         host=asked.host,
         port=asked.port,
         token=token,
-        queen_url=asked.queen_url,
+        queen_url=queen_url,
         hive_id=asked.hive_id,
-        models_dir=asked.models_dir,
+        models_dir=models_dir,
     )
     is_active = machine.is_active(wanted.unit)
     if machine.is_live and asked.start and not is_active:
@@ -96,18 +112,21 @@ def uninstall(role: Role, root: Path, out: Output, *, purge: bool, is_dry: bool)
     Raises:
         RbeeError: it cannot be; says why and what to do.
     """
-    machine = Machine(root.absolute(), is_dry=is_dry, tell=_teller(out, is_dry))
+    machine = Machine(root.resolve(), is_dry=is_dry, tell=_teller(out, is_dry))
     if machine.is_live and not is_dry:
         checks.check_rights(f"rbee uninstall {role}")
     other: Role = "hive" if role == "queen" else "queen"
-    is_last = not machine.has(enabled_link(other))
+    is_last = not any(machine.has(path) for path in traces(other))
     units = [unit for unit in UNITS[role] if machine.is_active(unit)]
     if units:
         machine.command("systemctl", "stop", *units)
+    for unit in UNITS[role]:
+        machine.forget_failure(unit)
     gone = [path for path in removed(role, is_last=is_last, purge=purge) if machine.remove(path)]
     if machine.is_live and gone:
         machine.command("systemctl", "daemon-reload")
     if purge and is_last:
+        machine.remove_empty(CONFIG)
         machine.remove_user()
     if out.json:
         out.document({"changes": machine.changes})
@@ -117,19 +136,23 @@ def uninstall(role: Role, root: Path, out: Output, *, purge: bool, is_dry: bool)
         out.line("Its settings and its state are kept; --purge removes them too.")
 
 
-def _check_queen_is_named(asked: Asked, environ: Mapping[str, str], machine: Machine) -> None:
-    """Raise where a hive would look for a queen that nobody has named, on a machine that has none.
+def _queen_url(asked: Asked, environ: Mapping[str, str], machine: Machine, *, has_queen: bool) -> str:
+    """Give where a hive finds its queen: where it was told, else on its own machine.
 
     Raises:
-        InvalidRequest: it would.
+        InvalidRequest: nobody has told, and this machine has none.
     """
-    is_default = asked.queen_url == DEFAULT_QUEEN_URL and QUEEN_URL_VARIABLE not in environ
-    if is_default and not machine.has(enabled_link("hive")):
+    if asked.queen_url != DEFAULT_QUEEN_URL or QUEEN_URL_VARIABLE in environ:
+        return asked.queen_url
+    if has_queen:
+        return checks.local_queen_url(machine) or asked.queen_url
+    if not machine.has(SETTINGS["hive"][0]):
         raise InvalidRequest(
             "no queen is installed on this machine, so say where the hive finds hers: "
             "--queen http://ADDRESS:7833",
             code="queen_needed",
         )
+    return asked.queen_url
 
 
 def _tell_systemd(machine: Machine, wanted: Wanted, made: set[str], *, is_active: bool, start: bool) -> None:
@@ -138,6 +161,7 @@ def _tell_systemd(machine: Machine, wanted: Wanted, made: set[str], *, is_active
     if made & {step.path for step in steps(wanted) if step.path.startswith("/etc/systemd/")}:
         machine.command("systemctl", "daemon-reload")
     if start and not is_active:
+        machine.forget_failure(wanted.unit)
         try:
             machine.command("systemctl", "start", wanted.unit)
         except RbeeError as exc:
@@ -175,7 +199,8 @@ def _tell_end(
         out.line(
             "The cluster's token is new, in /etc/rbee/token. Take it to each machine with a hive, and there:"
         )
-        address = "ADDRESS" if is_loopback(wanted.host) or wanted.host in ("0.0.0.0", "::") else wanted.host
+        is_told = not is_loopback(wanted.host) and wanted.host not in checks.ANY_ADDRESS
+        address = checks.bracketed(wanted.host) if is_told else "ADDRESS"
         out.line(f"    rbee install hive --queen http://{address}:{wanted.port} --token-file FILE")
 
 

@@ -12,6 +12,9 @@ Role: TypeAlias = Literal["queen", "hive"]
 USER = "rbee"
 """The system user and group that the services run as."""
 
+USER_COMMENT = "rbee services"
+"""The name that the user is given, by which it is known as made for this; another's is never removed."""
+
 PACKAGED_PREFIX = "/opt/rbee"
 """The environment that the units as packaged name; each machine's own is put in its place."""
 
@@ -68,11 +71,16 @@ class Wanted(Struct, frozen=True, kw_only=True):
 
 
 class Folder(Struct, frozen=True, kw_only=True):
-    """A folder that must be there; `owner` is `user:group`."""
+    """A folder that must be there; `owner` is `user:group`.
+
+    Args:
+        is_theirs: one that is there already keeps its owner and mode.
+    """
 
     path: str
     mode: int
     owner: str
+    is_theirs: bool = False
 
 
 class File(Struct, frozen=True, kw_only=True):
@@ -102,7 +110,7 @@ Step: TypeAlias = Folder | File | Link
 def steps(wanted: Wanted) -> list[Step]:
     """Give all that must be there, in the order in which it is made. The user is made after the first two."""
     plan: list[Step] = [
-        File(path=SYSUSERS, text=f'# Written by `rbee install`.\nu {USER} - "rbee services" -\n'),
+        File(path=SYSUSERS, text=f'# Written by `rbee install`.\nu {USER} - "{USER_COMMENT}" -\n'),
         File(path=TMPFILES, text=_tmpfiles()),
         Folder(path=CONFIG, mode=0o750, owner=f"root:{USER}"),
         File(path=TOKEN, text=f"{wanted.token}\n", mode=0o600, owner=f"{USER}:{USER}", is_theirs=True),
@@ -116,7 +124,7 @@ def steps(wanted: Wanted) -> list[Step]:
     ]
     if wanted.role == "hive" and wanted.models_dir is not None:
         plan += [
-            Folder(path=wanted.models_dir, mode=0o750, owner=f"{USER}:{USER}"),
+            Folder(path=wanted.models_dir, mode=0o750, owner=f"{USER}:{USER}", is_theirs=True),
             File(path=MODELS_DROP_IN, text=_models_drop_in(wanted.models_dir)),
         ]
     for name in UNITS[wanted.role]:
@@ -127,7 +135,7 @@ def steps(wanted: Wanted) -> list[Step]:
 
 def unit_text(name: str, prefix: Path) -> str:
     """Give a unit whose programs lie in `prefix`."""
-    text = (files("rbee_keeper.install") / "units" / name).read_text()
+    text = (files("rbee_keeper.install") / "units" / name).read_text(encoding="utf-8")
     return text.replace(f"{PACKAGED_PREFIX}/bin/", f"{prefix}/bin/")
 
 
@@ -136,22 +144,30 @@ def enabled_link(role: Role) -> str:
     return f"{SYSTEMD}/multi-user.target.wants/{UNITS[role][-1]}"
 
 
+def unit_file(role: Role) -> str:
+    """Give the file whose being there tells that the role is installed, be it enabled or not."""
+    return f"{SYSTEMD}/{UNITS[role][-1]}"
+
+
+def traces(role: Role) -> list[str]:
+    """Give what tells that a role is installed, or has left settings or state that are to be kept."""
+    return [unit_file(role), *SETTINGS[role], *STATE[role]]
+
+
 def removed(role: Role, *, is_last: bool, purge: bool) -> list[str]:
     """Give what goes when a role does.
 
     Args:
-        is_last: no other role stays on this machine.
-        purge: settings and what the service has written go too.
+        is_last: there is no trace of another role on this machine.
+        purge: settings and what the service has written go too, with the last role what all have.
     """
     gone = [enabled_link(role), *(f"{SYSTEMD}/{name}" for name in UNITS[role])]
     if role == "hive":
         gone.append(MODELS_DROP_IN)
-    if is_last:
-        gone += [SYSUSERS, TMPFILES]
     if purge:
         gone += [*SETTINGS[role], *STATE[role]]
         if is_last:
-            gone += [TOKEN, CONFIG]
+            gone += [SYSUSERS, TMPFILES, TOKEN]
     return gone
 
 
@@ -176,15 +192,20 @@ def _hive_settings(wanted: Wanted) -> str:
         "# All settings with their values: rbee-hive config --config /etc/rbee/hive.toml",
     ]
     if wanted.hive_id is not None:
-        lines.append(f"hive_id = {json.dumps(wanted.hive_id)}")
+        lines.append(f"hive_id = {_toml(wanted.hive_id)}")
     lines += [
-        f"queen_url = {json.dumps(wanted.queen_url)}",
-        f"host = {json.dumps(wanted.host)}",
+        f"queen_url = {_toml(wanted.queen_url)}",
+        f"host = {_toml(wanted.host)}",
         f"port = {wanted.port}",
         f'token_file = "{TOKEN}"',
-        f"models_dir = {json.dumps(wanted.models_dir or DEFAULT_MODELS)}",
+        f"models_dir = {_toml(wanted.models_dir or DEFAULT_MODELS)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _toml(text: str) -> str:
+    """Write a string as TOML does, which is as JSON does but for JSON's escapes of rarer letters."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _models_drop_in(folder: str) -> str:

@@ -28,10 +28,13 @@ async def end_left(state_dir: Path, grace_s: float = GRACE_S) -> bool:
     left: list[str] = []
 
     async def end(record: WorkerRecord) -> None:
-        if record.boot_id != boot or await _end(record, grace_s):
-            records.forget(record.worker_id)
-        else:
+        if record.boot_id == boot and not await _end(record, grace_s):
             left.append(record.worker_id)
+            return
+        try:
+            records.forget(record.worker_id)
+        except OSError as exc:  # it names nobody any more, and the others are still to be ended
+            log.error("worker_record_not_removed", worker_id=record.worker_id, reason=exc.strerror)
 
     async with anyio.create_task_group() as tasks:
         for record in list(records.read()):
