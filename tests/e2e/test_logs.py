@@ -128,7 +128,8 @@ def test_the_lines_of_a_worker_that_is_gone_are_found(cluster: Cluster) -> None:
     ]
     failed = [line for line in found["lines"] if line["event"] == "job_failed"]
     assert [line["facts"]["code"] for line in failed] == ["worker_lost"] * 2
-    assert "SIGKILL" in failed[0]["facts"]["details"] or "signal 9" in failed[0]["facts"]["details"]
+    # What an engine said last may quote a request, and the text of this failure may hold it.
+    assert all(line["facts"].get("details") is None for line in failed)
 
 
 def test_nothing_that_was_asked_or_said_is_in_a_line(cluster: Cluster) -> None:
