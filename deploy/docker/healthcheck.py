@@ -1,6 +1,6 @@
 """Exit with 0 when the service of this container can take work, else with 1 and the reason.
 
-    healthcheck.py URL    asks URL/ready
+healthcheck.py URL    asks URL/ready
 """
 
 import os

@@ -7,6 +7,10 @@ from functools import cache
 import docker
 import pytest
 from rbee_containers import build, find_engine, remove_all
+from testcontainers.core.config import testcontainers_config
+
+# What tests start is removed by the fixtures here, not by a further container from a registry.
+testcontainers_config.ryuk_disabled = True
 
 
 @pytest.fixture(scope="session")

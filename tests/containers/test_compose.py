@@ -57,6 +57,7 @@ def test_every_service_of_rbee_has_what_a_container_should_have(engine: docker.D
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert service["restart"] == "unless-stopped", name
         assert service["stop_grace_period"] == "1m0s", name  # longer than the drain of 30 s
+        assert service["logging"]["driver"] == "local", name  # which bounds them
         assert service["depends_on"]["token"]["condition"] == "service_completed_successfully", name
         assert service["environment"]["RBEE_TOKEN_FILE"] == "/run/rbee/token", name
     for name in OWN_SERVICES[1:]:
@@ -67,6 +68,18 @@ def test_every_service_of_rbee_has_what_a_container_should_have(engine: docker.D
     (gpus,) = services["hive-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert (gpus["driver"], gpus["capabilities"]) == ("nvidia", ["gpu"])
     assert services["hive-gpu"]["build"]["target"] == "hive-cuda"
+
+
+def test_each_image_is_built_by_one_service_and_asked_of_no_registry(engine: docker.DockerClient) -> None:
+    services = config("--profile", "*")["services"]
+    own = {name: service for name, service in services.items() if service["image"].startswith("rbee-")}
+
+    assert own.keys() == {"token", *OWN_SERVICES}
+    assert {service["pull_policy"] for service in own.values()} == {"never"}
+    # Two that give the same image at once collide where images are kept by containerd.
+    builders = {name: service["image"] for name, service in own.items() if "build" in service}
+    assert builders.keys() == {"queen", "hive", "hive-gpu"}
+    assert set(builders.values()) == {service["image"] for service in own.values()}
 
 
 def test_the_example_of_settings_has_all_of_them_with_their_defaults(engine: docker.DockerClient) -> None:
@@ -93,6 +106,77 @@ def test_what_the_profiles_mount_is_there(engine: docker.DockerClient) -> None:
 
     assert {path for path in binds if not path.exists()} == set()
     assert len(binds) == 4
+
+
+# --- the token ---------------------------------------------------------------------------------------------
+
+
+class Token:
+    """The service `token` of a compose project alone, and what it leaves in the volume."""
+
+    def __init__(self, engine: docker.DockerClient, image: str) -> None:
+        self.project = f"rbee-test-{uuid.uuid4().hex[:8]}"
+        self.engine = engine
+        self.image = image
+
+    def compose(self, *words: str, file: Path | None = None) -> str:
+        environ = {"RBEE_TAG": TAG, "RBEE_TOKEN_FILE": str(file or "/dev/null")}
+        return run("docker", "compose", "--project-name", self.project, *words, environ=environ)
+
+    def after(self, file: Path | None = None) -> str:
+        self.compose("up", "--exit-code-from", "token", "token", file=file)
+        volume = {f"{self.project}_token": {"bind": "/token", "mode": "ro"}}
+        words = ["-c", "stat -c %a /token/token; cat /token/token"]
+        said = self.engine.containers.run(
+            self.image, words, entrypoint="sh", volumes=volume, network_mode="none", remove=True
+        )
+        mode, token, end = said.decode().split("\n")
+        assert (mode, end) == ("444", "")
+        return str(token)
+
+
+@pytest.fixture
+def token(engine: docker.DockerClient, image: Callable[[str], str]) -> Iterator[Token]:
+    token = Token(engine, image("queen"))
+    try:
+        yield token
+    finally:
+        token.compose("down", "--volumes")
+
+
+def written(path: Path, text: str) -> Path:
+    """Write a file as its owner keeps a secret: for nobody else, and not for the containers' user."""
+    path.write_bytes(text.encode())
+    path.chmod(0o600)
+    return path
+
+
+def test_a_token_is_made_once_and_another_file_replaces_it(token: Token, tmp_path: Path) -> None:
+    made = token.after()
+    assert re.fullmatch("[0-9a-f]{64}", made)
+    assert token.after() == made
+
+    assert (
+        token.after(written(tmp_path / "first", "the-first-token-of-a-test\r\n"))
+        == "the-first-token-of-a-test"
+    )
+    assert (
+        token.after(written(tmp_path / "second", "the-second-token-of-a-test"))
+        == "the-second-token-of-a-test"
+    )
+    assert token.after() == "the-second-token-of-a-test"
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [("\n", "is empty; make one with `openssl rand -hex 32`"), ("short", "is shorter than 16 characters")],
+    ids=["empty", "short"],
+)
+def test_a_file_that_holds_no_token_is_refused_rather_than_replaced(
+    token: Token, tmp_path: Path, text: str, cause: str
+) -> None:
+    with pytest.raises(AssertionError, match=re.escape(f"the token in /run/secrets/token {cause}")):
+        token.after(written(tmp_path / "token", text))
 
 
 # --- a stack that runs -------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ log = structlog.get_logger(__name__)
 
 LOADED = ("ready", "busy", "sleeping")
 
+COMING = (*LOADED, "starting")
+
 
 class Preload:
     """Loads models, and knows which of them have not been there yet.
@@ -32,6 +34,7 @@ class Preload:
         self._server = server
         self._workers = workers
         self._jobs: dict[str, Job] = {}
+        self._refused: dict[str, str] = {}
 
     def not_ready(self) -> str | None:
         """Say which model is not there yet, and why; None once each has been, whatever becomes of it."""
@@ -42,14 +45,20 @@ class Preload:
         model = self._missing[0]
         job = self._jobs.get(model)
         error = None if job is None else job.record().error
-        if error is not None:
-            why = error.message.splitlines()[0]
+        why = self._refused.get(model) if error is None else error.message.partition("\n")[0]
+        if why is not None:
             return f"{model} could not be loaded: {why} When that is mended: rbee model load {model}"
         return f"{model} is being loaded"
 
     async def run(self) -> None:
-        """Have every model loaded, all at once; goes on for ever, as the hive's loops do."""
+        """Have every model loaded, all at once; goes on for ever, as the hive's loops do.
+
+        A model that a worker of the hive before is still loading is left to that worker.
+        """
+        coming = {worker.model for worker in self._workers() if worker.state in COMING}
         for model in self._missing:
+            if model in coming:
+                continue
             try:
                 self._jobs[model] = self._server.submit(
                     Submission(
@@ -59,5 +68,6 @@ class Preload:
                     )
                 )
             except RbeeError as exc:
+                self._refused[model] = exc.details
                 log.error("preload_refused", model=model, cause=exc.details)
         await anyio.sleep_forever()
