@@ -1,7 +1,9 @@
 """Models that a hive loads by itself, with a real hive."""
 
+import os
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +58,27 @@ def test_a_hive_that_cannot_preload_a_model_says_why_and_what_to_do(tmp_path: Pa
         assert "Models here: rbee-tiny." in reason
         assert reason.endswith("When that is mended: rbee model load org/nowhere")
         assert httpx.get(f"{service.url}/health").status_code == 200
+
+
+def test_a_model_that_a_worker_of_the_hive_before_is_loading_is_not_loaded_again(tmp_path: Path) -> None:
+    marker = f"preload-{tmp_path.name}"
+    with hive(tmp_path, "rbee-tiny") as before:
+
+        def started() -> list[int]:
+            return [line["pid"] for line in before.log() if line["event"] == "worker_started"]
+
+        until(started, "the worker is there")
+        (worker,) = started()
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            assert before.terminate(signal.SIGUSR1) == 0
+            with hive(tmp_path, "rbee-tiny") as after:
+                assert readiness(after)["reason"] == "rbee-tiny is being loaded"
+                os.kill(worker, signal.SIGCONT)
+                until(lambda: readiness(after)["ready"], "the hive is ready")
+
+                assert httpx.get(f"{after.url}/v1/jobs").json()["jobs"] == []
+                assert {process.pid for process in marked_processes(marker)} == {worker, after.process.pid}
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGCONT)

@@ -282,9 +282,8 @@ class Fleet:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(hive.relay.run)
                     await self._follow_heartbeats(hive, tasks)
-            await hive.relay.lose(
-                Unavailable(f"Another hive has taken the place of {hive.id}.", code="hive_lost"), grace_s=0
-            )
+            gone = f"{hive.id} at {hive.url} is gone: it has moved, or another hive has taken its id."
+            await hive.relay.lose(Unavailable(gone, code="hive_lost"), grace_s=0)
 
     async def _follow_heartbeats(self, hive: Hive, tasks: TaskGroup) -> NoReturn:
         waits = delays(self._uniform)
