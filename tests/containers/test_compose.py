@@ -68,6 +68,8 @@ def test_every_service_of_rbee_has_what_a_container_should_have(engine: docker.D
     (gpus,) = services["hive-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert (gpus["driver"], gpus["capabilities"]) == ("nvidia", ["gpu"])
     assert services["hive-gpu"]["build"]["target"] == "hive-cuda"
+    loads = {name: services[name]["environment"]["RBEE_PRELOAD"] for name in OWN_SERVICES[1:]}
+    assert loads == {"hive": "rbee-tiny", "hive-2": "rbee-tiny", "hive-3": "rbee-tiny", "hive-gpu": ""}
 
 
 def test_each_image_is_built_by_one_service_and_asked_of_no_registry(engine: docker.DockerClient) -> None:

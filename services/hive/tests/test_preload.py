@@ -1,14 +1,21 @@
 """Models that a hive loads by itself, with a real hive."""
 
-import os
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import anyio
 import httpx
+import pytest
 from rbee_processes import MODELS, Service, marked_processes, until
+
+from rbee_contracts.errors import Unavailable
+from rbee_contracts.nodes import WorkerInfo, WorkerState
+from rbee_contracts.operations import ModelLoad
+from rbee_hive.preload import Preload
+from rbee_job_server import JobServer, Submission
+from rbee_job_server.jobs import Job
 
 
 @contextmanager
@@ -60,25 +67,46 @@ def test_a_hive_that_cannot_preload_a_model_says_why_and_what_to_do(tmp_path: Pa
         assert httpx.get(f"{service.url}/health").status_code == 200
 
 
-def test_a_model_that_a_worker_of_the_hive_before_is_loading_is_not_loaded_again(tmp_path: Path) -> None:
-    marker = f"preload-{tmp_path.name}"
-    with hive(tmp_path, "rbee-tiny") as before:
+class Refusing:
+    """Stands in for a job server that takes nothing; knows what was asked of it."""
 
-        def started() -> list[int]:
-            return [line["pid"] for line in before.log() if line["event"] == "worker_started"]
+    def __init__(self) -> None:
+        self.asked: list[str] = []
 
-        until(started, "the worker is there")
-        (worker,) = started()
-        os.kill(worker, signal.SIGSTOP)
-        try:
-            assert before.terminate(signal.SIGUSR1) == 0
-            with hive(tmp_path, "rbee-tiny") as after:
-                assert readiness(after)["reason"] == "rbee-tiny is being loaded"
-                os.kill(worker, signal.SIGCONT)
-                until(lambda: readiness(after)["ready"], "the hive is ready")
+    def submit(self, submission: Submission) -> Job:
+        assert isinstance(submission.operation, ModelLoad)
+        self.asked.append(submission.operation.model)
+        raise Unavailable("The hive drains; it takes nothing new.")
 
-                assert httpx.get(f"{after.url}/v1/jobs").json()["jobs"] == []
-                assert {process.pid for process in marked_processes(marker)} == {worker, after.process.pid}
-        finally:
-            with suppress(ProcessLookupError):
-                os.kill(worker, signal.SIGCONT)
+
+def worker(model: str, state: WorkerState) -> WorkerInfo:
+    return WorkerInfo(
+        worker_id=f"{model}-1",
+        model=model,
+        state=state,
+        pid=1,
+        port=9300,
+        running=0,
+        waiting=0,
+        kv_cache_usage=0.0,
+        worker="cpu",
+        devices=[],
+        started_at="2026-01-01T00:00:00Z",
+    )
+
+
+@pytest.mark.anyio
+async def test_only_what_no_worker_of_the_hive_before_has_or_loads_is_asked_for() -> None:
+    server = Refusing()
+    workers = [worker("there", "ready"), worker("coming", "starting"), worker("gone", "failed")]
+    preload = Preload(["there", "coming", "gone", "new"], cast("JobServer", server), lambda: workers)
+    with anyio.move_on_after(0):
+        await preload.run()
+
+    assert server.asked == ["gone", "new"]
+    assert preload.not_ready() == "coming is being loaded"
+    workers[1] = worker("coming", "ready")
+    assert preload.not_ready() == (
+        "gone could not be loaded: The hive drains; it takes nothing new. "
+        "When that is mended: rbee model load gone"
+    )

@@ -57,7 +57,7 @@ class Preload:
         """
         coming = {worker.model for worker in self._workers() if worker.state in COMING}
         for model in self._missing:
-            if False and model in coming:
+            if model in coming:
                 continue
             try:
                 self._jobs[model] = self._server.submit(
