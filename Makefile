@@ -40,7 +40,7 @@ docs: setup  ## Build the documentation into site/, with every warning an error
 bench-jobs: setup  ## Measure what a job costs, and write it into docs/benchmarks.md (two minutes)
 	@$(BIN)/python -m benchmarks.jobs $(ARGS)
 
-bench-openai: setup  ## Measure the OpenAI routes, beside litellm and sglang-router, and before real vLLM (ten minutes)
+bench-openai: setup  ## Measure the OpenAI routes, beside litellm and sglang-router, and before real vLLM (thirteen minutes)
 	@$(BIN)/python -m benchmarks.openai_proxies $(ARGS)
 	@$(BIN)/python -m benchmarks.openai_vllm $(ARGS)
 
