@@ -46,7 +46,7 @@ COMMIT = Metric(
 COMMITTED = Metric(
     name="rbee_store_records_total",
     kind="counter",
-    help="Records that were written to the store; those of one turn of the event loop are one commit.",
+    help="Records that were written to the store; those that are made close together are one commit.",
 )
 BACKLOG = Metric(
     name="rbee_store_backlog_records",
