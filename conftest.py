@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+from rbee_processes import is_alive, title_of
 
 
 @pytest.fixture(scope="session")
@@ -24,9 +25,6 @@ def no_process_is_left() -> Iterator[None]:
     """Fail the run when a test has left a process behind."""
     yield
     _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=5)
-    left = [
-        " ".join(process.cmdline())
-        for process in alive
-        if "resource_tracker" not in " ".join(process.cmdline())
-    ]
+    titles = [title_of(process) for process in alive if is_alive(process)]
+    left = [title for title in titles if title and "resource_tracker" not in title]
     assert not left, f"processes left behind: {left}"

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from rbee_processes import MODELS, Cluster, Service, read_log, stream, text_of, until
+from rbee_processes import MODELS, Cluster, Service, is_alive, read_log, stream, text_of, title_of, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -262,9 +262,7 @@ def test_kill_of_the_engine_core_ends_the_stream_and_leaves_no_process(cluster: 
     job_id = cluster.submit(infer(max_tokens=1900, ignore_eos=True, worker_id=spawned["worker_id"]))
     with stream(cluster.queen.url, job_id) as frames:
         _until_tokens(frames, 10)
-        cores = [
-            process for process in family if "EngineCore" in process.name() or "EngineCore" in _title(process)
-        ]
+        cores = [process for process in family if "EngineCore" in title_of(process)]
         killed = time.monotonic()
         cores[0].kill()
         rest = [event for _, event in frames]
@@ -274,7 +272,7 @@ def test_kill_of_the_engine_core_ends_the_stream_and_leaves_no_process(cluster: 
     error = rest[-2]
     assert error["code"] == "engine_died"
     assert took < 2.0, "the engine's death was noticed late: it is polled five times a second"
-    until(lambda: not any(_is_alive(process) for process in family), "no process of the worker is left", 10)
+    until(lambda: not any(is_alive(process) for process in family), "no process of the worker is left", 10)
     lost = cluster.run({"operation": "worker_get", "worker_id": spawned["worker_id"]})
     assert lost["exit_code"] != 0
     assert "EngineCore" in lost["cause"]
@@ -290,7 +288,7 @@ def test_a_spawn_that_is_cancelled_while_the_engine_loads_leaves_no_process(clus
         family = [worker, *worker.children(recursive=True)]
         httpx.delete(f"{cluster.queen.url}/v1/jobs/{job_id}")
 
-    until(lambda: not any(_is_alive(process) for process in family), "no process of the worker is left", 10)
+    until(lambda: not any(is_alive(process) for process in family), "no process of the worker is left", 10)
 
 
 def test_a_worker_that_cannot_start_fails_the_spawn_with_its_last_log_lines(cluster: Cluster) -> None:
@@ -317,11 +315,3 @@ def _until_tokens(frames: Any, count: int) -> None:
         if not count:
             return
     raise AssertionError("the stream ended before that many tokens")
-
-
-def _title(process: psutil.Process) -> str:
-    return " ".join(process.cmdline())
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 from rbee_collector import Collector, SpanSeen, collector, tree
-from rbee_processes import MODELS, Cluster, Service, stream, text_of, until
+from rbee_processes import MODELS, Cluster, Service, is_alive, stream, text_of, title_of, until
 from rbee_restarts import Reader
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -54,10 +54,6 @@ def infer(**fields: Any) -> dict[str, Any]:
 def info_of(cluster: Cluster, worker_id: str) -> dict[str, Any]:
     got: dict[str, Any] = cluster.run({"operation": "worker_get", "worker_id": worker_id}, cluster.hive.url)
     return got
-
-
-def is_alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_a_model_that_cannot_be_loaded_tells_the_engines_own_cause(cluster: Cluster) -> None:
@@ -140,7 +136,7 @@ def test_the_engines_processes_are_known_by_the_workers_nonce(
     kinds = {process["pid"]: process["kind"] for process in listed}
 
     assert kinds[pid] == "worker"
-    cores = [p for p in psutil.Process(pid).children() if "EngineCore" in " ".join(p.cmdline())]
+    cores = [p for p in psutil.Process(pid).children() if "EngineCore" in title_of(p)]
     assert cores
     assert {pid: kinds.get(pid) for pid in family} == dict.fromkeys(family, "engine")
 

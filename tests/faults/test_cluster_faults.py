@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
-from rbee_processes import BIN, Cluster, Service, marked_processes, stream, text_of, until
+from rbee_processes import BIN, Cluster, Service, is_alive, marked_processes, stream, text_of, until
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +83,7 @@ def test_worker_stop_drains_then_ends_the_process(cluster: Cluster, worker: dict
     assert rest[-1]["action"] == "execute_complete", "what ran was not drained"
     assert stopped["data"]["state"] == "stopped"
     assert stopped["data"]["exit_code"] == 0
-    assert not psutil.pid_exists(worker["pid"])
+    assert not is_alive(worker["pid"])
     assert cluster.run({"operation": "worker_list"})["workers"] == []
 
 
@@ -233,7 +232,7 @@ def test_a_queen_that_comes_back_knows_the_hive_within_seconds(tmp_path: Path) -
         cluster.queen = Service("rbee-queen", ["--port", port], tmp_path / "queen2.log", cluster.marker)
         until(cluster._is_online, "the hive is online again", 15)
 
-        assert psutil.pid_exists(spawned["pid"])
+        assert is_alive(spawned["pid"])
         assert len(text_of(cluster.events(infer(max_tokens=3))).split()) == 3
 
 

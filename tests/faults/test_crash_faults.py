@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from rbee_processes import MARKER, Service, marked_processes, quickest, read_log, until
+from rbee_processes import MARKER, Service, is_alive, marked_processes, quickest, read_log, until
 
 # The service itself, but for one of its loops, which raises once a file is there.
 _CRASHING = """
@@ -154,7 +154,7 @@ def test_a_hive_whose_loop_crashes_leaves_its_workers_to_the_next(crashing: Cras
     args = [*HIVE, "--state-dir", str(crashing.log.parent)]
     hive = Service("rbee-hive", args, crashing.log.with_name("next.log"), crashing.marker)
     try:
-        assert workers[0].is_running(), "the worker did not outlive its hive"
+        assert is_alive(workers[0]), "the worker did not outlive its hive"
         adopted = until(lambda: ready_worker(hive.url), "the worker is adopted, and ready")
         assert (adopted["pid"], adopted["adopted"]) == (workers[0].pid, True)
         tokens = run(hive.url, {"operation": "infer", "model": "m", "prompt": "Hi", "max_tokens": 3})

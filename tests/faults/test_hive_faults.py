@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from rbee_processes import BIN, Cluster, Service, marked_processes, stream, text_of, until
+from rbee_processes import BIN, Cluster, Service, is_alive, marked_processes, stream, text_of, until
 from rbee_restarts import Reader
 
 pytestmark = pytest.mark.timeout(180)
@@ -85,10 +85,6 @@ def spawn(*args: str, **fields: Any) -> dict[str, Any]:
 
 def error_of(events: list[dict[str, Any]]) -> dict[str, Any]:
     return next(event for event in events if event["action"] == "error")
-
-
-def is_alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 # --- workers that fail ---------------------------------------------------------------------------------

@@ -208,6 +208,24 @@ class Cluster:
         return self.state_dir / "logs" / f"{worker_id}.log"
 
 
+def is_alive(process: psutil.Process | int) -> bool:
+    """Say whether a process runs; false for a zombie, and for one that ends while it is being looked at."""
+    try:
+        if isinstance(process, int):
+            process = psutil.Process(process)
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def title_of(process: psutil.Process) -> str:
+    """Give a process's command line as one text, empty once it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def marked_processes(marker: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():

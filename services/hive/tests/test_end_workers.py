@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from rbee_inprocess import eventually
-from rbee_processes import BIN, Cluster, until
+from rbee_processes import BIN, Cluster, is_alive, until
 
 from rbee_contracts.access import NONCE_VARIABLE
 from rbee_hive.config import load
@@ -42,15 +42,15 @@ def test_a_left_worker_is_ended_and_one_that_a_hive_has_is_not(tmp_path: Path) -
 
         assert refused.returncode == 2
         assert "another hive runs with the state folder" in refused.stderr
-        assert worker.is_running()
+        assert is_alive(worker)
 
         assert cluster.hive.terminate(signal.SIGUSR1) == 0
-        assert worker.is_running()
+        assert is_alive(worker)
         ended = end_workers(cluster)
 
         assert ended.returncode == 0, ended.stderr
         assert '"worker_ended"' in ended.stderr
-        until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, "it is gone")
+        until(lambda: not is_alive(worker), "it is gone")
         assert list((cluster.state_dir / "workers").glob("*.json")) == []
         again = end_workers(cluster)
         assert (again.returncode, again.stderr) == (0, "")
@@ -85,9 +85,7 @@ async def test_one_that_does_not_obey_is_killed_with_all_that_it_started(tmp_pat
     assert await end_left(tmp_path, grace_s=0.1)
     assert (await process.wait()).signal == signal.SIGKILL
     process.close()
-    await eventually(
-        lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "its child is gone too"
-    )
+    await eventually(lambda: not is_alive(child), "its child is gone too")
     assert list(records.read()) == []
 
 
@@ -103,9 +101,7 @@ async def test_what_a_dead_worker_has_started_is_found_by_its_nonce_and_ended(tm
     Records(tmp_path / "workers").write(record("w1", boot_id(), process))
 
     assert await end_left(tmp_path)
-    await eventually(
-        lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the orphan is gone"
-    )
+    await eventually(lambda: not is_alive(child), "the orphan is gone")
 
 
 async def test_a_record_of_an_earlier_boot_names_nobody(tmp_path: Path) -> None:
@@ -120,7 +116,7 @@ async def test_a_record_of_an_earlier_boot_names_nobody(tmp_path: Path) -> None:
 
     assert await end_left(tmp_path)
     assert list(records.read()) == []
-    assert psutil.Process(process.pid).is_running()
+    assert is_alive(process.pid)
     await process.kill()
     await process.wait()
     process.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from rbee_inprocess import eventually
+from rbee_processes import is_alive
 
 from rbee_contracts.access import NONCE_VARIABLE
 from rbee_hive.supervisor.logs import tail
@@ -46,9 +47,7 @@ async def child_of(folder: Path) -> psutil.Process:
 
 
 async def gone(process: psutil.Process) -> None:
-    await eventually(
-        lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, "it is gone"
-    )
+    await eventually(lambda: not is_alive(process), "it is gone")
 
 
 async def test_a_process_that_ignores_sigterm_is_killed_with_all_it_started(tmp_path: Path) -> None:
