@@ -88,6 +88,7 @@ EXAMPLES: list[Operation] = [
     ops.ModelUnload(model="m"),
     ops.ModelList(),
     ops.DeviceList(),
+    ops.HiveForget(hive_id="box1"),
     ops.HiveDrain(draining=False),
     ops.HiveCheck(),
 ]
@@ -111,7 +112,7 @@ def test_the_operations_are_those_of_the_reference() -> None:
         *("worker_spawn", "worker_list", "worker_get", "worker_stop", "worker_process_list", "log_search"),
         *("worker_process_get", "worker_process_delete", "model_download", "model_get", "model_delete"),
         *("model_load", "model_unload", "model_list", "device_list", "hive_check"),
-        *("worker_drain", "worker_log", "hive_drain"),
+        *("worker_drain", "worker_log", "hive_drain", "hive_forget"),
     }
 
 

@@ -216,6 +216,12 @@ class Scripted:
     async def hive_get(self, op: ops.HiveGet, _: JobContext) -> nodes.HiveInfo:
         return hive_named(op.hive_id)
 
+    async def hive_forget(self, op: ops.HiveForget, _: JobContext) -> nodes.HiveInfo:
+        found = {each.hive_id: each for each in HIVES}[op.hive_id]
+        if found.state != "lost":
+            raise Conflict(f"Hive {found.hive_id} is {found.state}, not lost.", code="hive_not_lost")
+        return found
+
     async def hive_drain(self, op: ops.HiveDrain, _: JobContext) -> nodes.HiveDrained:
         hive(op)
         return nodes.HiveDrained(draining=op.draining, running=2 if op.draining else 0)
@@ -348,6 +354,7 @@ class Scripted:
             ops.Status: self.status,
             ops.HiveList: self.hive_list,
             ops.HiveGet: self.hive_get,
+            ops.HiveForget: self.hive_forget,
             ops.HiveDrain: self.hive_drain,
             ops.HiveCheck: self.hive_check,
             ops.QueenCheck: self.queen_check,

@@ -128,6 +128,16 @@ def test_worker_show_compares_the_estimate_with_reality(scripted: "ScriptedServi
     assert "reserved     70.0 GiB" in done.stdout
 
 
+def test_a_lost_hive_is_forgotten_by_name_and_any_other_is_refused(scripted: "ScriptedService") -> None:
+    done = scripted.rbee("hive", "forget", "box3")
+    assert done.stdout == "box3 at http://10.0.0.9:7835 is forgotten; it had been silent for 2h 1m.\n"
+    assert msgspec.convert(scripted.json("hive", "forget", "box3"), nodes.HiveInfo).hive_id == "box3"
+
+    refused = scripted.rbee("hive", "forget", "box1")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "Hive box1 is online, not lost." in refused.stderr
+
+
 def test_documents_are_the_contracts_shapes(scripted: "ScriptedService") -> None:
     worker = msgspec.convert(scripted.json("worker", "show", "w-ready"), nodes.WorkerInfo)
     hive = msgspec.convert(scripted.json("hive", "show", "box1"), nodes.HiveInfo)

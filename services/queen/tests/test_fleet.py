@@ -31,9 +31,13 @@ class Time:
 class Journal:
     def __init__(self) -> None:
         self.seen: list[tuple[str, str, str]] = []
+        self.forgotten: list[str] = []
 
     def hive_seen(self, hive_id: str, url: str, boot: str) -> None:
         self.seen.append((hive_id, url, boot))
+
+    def hive_forgotten(self, hive_id: str) -> None:
+        self.forgotten.append(hive_id)
 
 
 def ready(**changes: object) -> HiveReady:
@@ -295,6 +299,40 @@ async def test_what_a_hive_tells_stands_in_the_fleets_list() -> None:
         assert hive.clock_ahead_s is not None
         assert hear(fleet, timestamp="now").clock_ahead_s is None
         assert hear(fleet, timestamp="2026-01-01T00:00:00").clock_ahead_s is None
+
+
+async def test_a_lost_hive_is_forgotten_and_is_new_when_it_announces_itself_again() -> None:
+    time, journal = Time(), Journal()
+    async with running_fleet(time, journal=journal) as fleet:
+        await fleet.announce(ready(), "127.0.0.1")
+        hear(fleet)
+        time.passes(fleet, LOST_AFTER_S + 1)
+        known = fleet.forget("box1")
+
+        assert (known.hive_id, known.state, known.boot) == ("box1", "lost", "b1")
+        assert (fleet.infos(), journal.forgotten) == ([], ["box1"])
+        with pytest.raises(NotFound):
+            fleet.forget("box1")
+
+        await fleet.announce(ready(), "127.0.0.1")
+        assert [info.state for info in fleet.infos()] == ["connecting"]
+        assert [hive_id for hive_id, _, boot in journal.seen if boot == "b1"] == ["box1", "box1"]
+
+
+@pytest.mark.parametrize("silent_s", [None, 0, UNREACHABLE_AFTER_S + 1], ids=["new", "heard", "unreachable"])
+async def test_a_hive_that_is_not_lost_cannot_be_forgotten(silent_s: float | None) -> None:
+    time, journal = Time(), Journal()
+    async with running_fleet(time, journal=journal) as fleet:
+        await fleet.announce(ready(), "127.0.0.1")
+        if silent_s is not None:
+            hear(fleet)
+            time.passes(fleet, silent_s)
+        with pytest.raises(Conflict, match=f"silent for {LOST_AFTER_S:g} s") as refused:
+            fleet.forget("box1")
+
+        assert refused.value.code == "hive_not_lost"
+        assert [info.hive_id for info in fleet.infos()] == ["box1"]
+        assert journal.forgotten == []
 
 
 async def test_a_queen_that_stood_still_blames_no_hive() -> None:

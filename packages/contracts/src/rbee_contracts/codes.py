@@ -36,6 +36,7 @@ CODES: frozenset[str] = frozenset(
         "hive_fenced",
         "hive_id_needed",
         "hive_id_taken",
+        "hive_not_lost",
         "hive_lost",
         "hive_not_found",
         "hive_unreachable",

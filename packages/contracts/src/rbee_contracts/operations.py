@@ -181,6 +181,13 @@ class HiveGet(Operation, frozen=True, kw_only=True):
     hive_id: HiveId
 
 
+class HiveForget(Operation, frozen=True, kw_only=True):
+    """Take a hive that is lost off the queen's list, for good. One that is there after all announces itself
+    and is listed again."""
+
+    hive_id: HiveId
+
+
 class ScheduleExplain(Operation, frozen=True, kw_only=True):
     """Tell where an `infer` of `model` would run now, and why, without running it."""
 
@@ -332,7 +339,7 @@ class HiveCheck(HiveOperation, frozen=True, kw_only=True):
     """Check the hive itself, step by step, narrating each finding."""
 
 
-QueenOperation: TypeAlias = Status | HiveList | HiveGet | ScheduleExplain | QueenCheck
+QueenOperation: TypeAlias = Status | HiveList | HiveGet | HiveForget | ScheduleExplain | QueenCheck
 OnHive: TypeAlias = (
     WorkerSpawn
     | WorkerList

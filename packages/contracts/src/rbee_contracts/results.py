@@ -14,6 +14,7 @@ RESULTS: dict[type[Operation], Any] = {
     operations.Status: nodes.StatusResult,
     operations.HiveList: nodes.HiveListResult,
     operations.HiveGet: nodes.HiveInfo,
+    operations.HiveForget: nodes.HiveInfo,
     operations.ScheduleExplain: events.Decision,
     operations.WorkerSpawn: events.SpawnedWorker,
     operations.WorkerList: nodes.WorkerListResult,

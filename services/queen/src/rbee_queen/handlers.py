@@ -11,6 +11,7 @@ from rbee_contracts.events import AnyEvent, Decision
 from rbee_contracts.nodes import SERVING, CheckResult, HiveInfo, HiveListResult, StatusResult
 from rbee_contracts.operations import (
     HiveDrain,
+    HiveForget,
     HiveGet,
     HiveList,
     HiveOperation,
@@ -58,6 +59,7 @@ class QueenHandlers:
             Status: self.status,
             HiveList: self.hive_list,
             HiveGet: self.hive_get,
+            HiveForget: self.hive_forget,
             ScheduleExplain: self.schedule_explain,
             QueenCheck: self.queen_check,
         }
@@ -103,6 +105,10 @@ class QueenHandlers:
 
     async def hive_get(self, op: HiveGet, _: JobContext) -> HiveInfo:
         return self._fleet.info(op.hive_id)
+
+    async def hive_forget(self, op: HiveForget, _: JobContext) -> HiveInfo:
+        """Take a hive off the list; the result is what was known of it."""
+        return self._fleet.forget(op.hive_id)
 
     async def schedule_explain(self, op: ScheduleExplain, _: JobContext) -> Decision:
         return self.inference.decide(op)

@@ -21,6 +21,7 @@ from rbee_job_server.journal import Step
 from rbee_queen.metrics.measures import StoreMeasures
 from rbee_queen.store import (
     FirstOutput,
+    HiveForgotten,
     HiveSeen,
     JobAccepted,
     JobEnded,
@@ -205,6 +206,9 @@ class StoreJournal:
 
     def hive_seen(self, hive_id: str, url: str, boot: str) -> None:
         self._record(HiveSeen(hive_id=hive_id, url=url, boot=boot))
+
+    def hive_forgotten(self, hive_id: str) -> None:
+        self._record(HiveForgotten(hive_id=hive_id))
 
     def _record(self, record: Record) -> None:
         self._records.append(record)

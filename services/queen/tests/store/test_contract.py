@@ -10,7 +10,16 @@ from rbee_records import accepted, at, ended, job_id, narrated, spoke, started, 
 from rbee_contracts.events import Usage
 from rbee_contracts.jobs import JobError, JobRecord
 from rbee_contracts.operations import decode_operation
-from rbee_queen.store import HiveSeen, JobStore, Record, StoredEvent, StoredHive, StoredStep, StoreFailed
+from rbee_queen.store import (
+    HiveForgotten,
+    HiveSeen,
+    JobStore,
+    Record,
+    StoredEvent,
+    StoredHive,
+    StoredStep,
+    StoreFailed,
+)
 from rbee_queen.store.base import FORGET_AT_ONCE
 from rbee_queen.store.schema import REVISION
 
@@ -244,6 +253,19 @@ def test_hives_are_given_by_id_as_last_seen(store: JobStore) -> None:
         StoredHive(hive_id=hive_id, url=f"http://{hive_id}:7835", boot=boot)
         for hive_id, boot in (("B", "1"), ("a", "3"), ("b", "2"))
     ]
+
+
+def test_a_hive_that_is_forgotten_is_gone_until_it_is_seen_again(store: JobStore) -> None:
+    def seen(hive_id: str) -> HiveSeen:
+        return HiveSeen(hive_id=hive_id, url="u", boot="1")
+
+    store.write([seen("a"), seen("b"), seen("c")])
+    store.write([HiveForgotten(hive_id="a"), HiveForgotten(hive_id="b"), seen("b")])
+    store.write([HiveForgotten(hive_id="never seen")])
+    assert [hive.hive_id for hive in store.hives()] == ["b", "c"]
+
+    store.write([seen("a")])
+    assert [hive.hive_id for hive in store.hives()] == ["a", "b", "c"]
 
 
 def test_jobs_that_ended_at_a_time_or_after_it_are_given_by_seq(store: JobStore) -> None:

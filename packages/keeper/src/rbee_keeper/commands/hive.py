@@ -1,20 +1,20 @@
-"""`rbee hive`: list, show, drain and check hives."""
+"""`rbee hive`: list, show, drain, forget and check hives."""
 
 from typing import Annotated
 
 import typer
 
 from rbee_contracts.nodes import HiveInfo
-from rbee_contracts.operations import HiveGet, HiveList
+from rbee_contracts.operations import HiveForget, HiveGet, HiveList
 from rbee_keeper import details, render
 from rbee_keeper.command import EXIT_FAILED, EXIT_OK, Call, HiveIdArgument, checked, command
 from rbee_keeper.commands.status import hive_status
 from rbee_keeper.findings import Findings
-from rbee_keeper.units import count
+from rbee_keeper.units import count, duration
 
 
 def register(app: typer.Typer) -> None:
-    hives = typer.Typer(help="List, show, drain and check hives.", no_args_is_help=True)
+    hives = typer.Typer(help="List, show, drain, forget and check hives.", no_args_is_help=True)
     app.add_typer(hives, name="hive")
 
     @command(hives, "list")
@@ -63,6 +63,25 @@ def register(app: typer.Typer) -> None:
         state = "takes no new work" if drained.draining else "takes new work"
         running = f"{count(drained.running, 'job')} still running" if drained.running else "no job is running"
         call.out.line(f"{named or 'The hive'} {state}; {running}.")
+
+    @command(hives, "forget")
+    async def forget(
+        call: Call,
+        *,
+        hive_id: Annotated[str, typer.Argument(metavar="HIVE_ID", help="Which hive.", show_default=False)],
+    ) -> None:
+        """Take a lost hive off the list, for good. If it is there after all, it is listed again."""
+        from rbee_keeper.client import perform
+
+        operation = checked("hive_forget", hive_id=hive_id)
+        assert isinstance(operation, HiveForget)
+        async with call.connect() as client:
+            hive = await perform(client, operation)
+        if call.out.json:
+            call.out.document(hive)
+            return
+        silent = "" if hive.last_seen_s is None else f"; it had been silent for {duration(hive.last_seen_s)}"
+        call.out.line(f"{hive.hive_id} at {hive.url} is forgotten{silent}.")
 
     @command(hives, "check")
     async def check(call: Call, *, hive_id: HiveIdArgument = None) -> int:

@@ -38,6 +38,8 @@ class HiveJournal(Protocol):
 
     def hive_seen(self, hive_id: str, url: str, boot: str) -> None: ...
 
+    def hive_forgotten(self, hive_id: str) -> None: ...
+
 
 class NotThatHive(RbeeError):
     """Another hive answers at a hive's address."""
@@ -227,7 +229,9 @@ class Fleet:
             known.scope.cancel()
         elif len(self._hives) >= MAX_HIVES:
             raise NoCapacity(
-                f"This queen follows {MAX_HIVES} hives already; it takes no more.", code="too_many_hives"
+                f"This queen follows {MAX_HIVES} hives already; it takes no more. "
+                "To take one off that is gone for good: rbee hive forget HIVE_ID",
+                code="too_many_hives",
             )
         hive = Hive(ready.hive_id, claimant, ready.version, self._now(), self._token)
         self._hives[hive.id] = hive
@@ -266,6 +270,32 @@ class Fleet:
             code="hive_id_taken",
         )
 
+    def forget(self, hive_id: str) -> HiveInfo:
+        """Take a lost hive off the table and out of the journal; give what was known of it.
+
+        It is not fenced: should it be there after all, it announces itself and is new.
+
+        Raises:
+            NotFound: the queen has never heard of it.
+            Conflict: it is not lost.
+        """
+        hive = self.get(hive_id)
+        info = hive.info(self._now())
+        if hive.state != "lost":
+            raise Conflict(
+                f"Hive {hive.id} is {hive.state}; only one that is lost can be forgotten. "
+                "Stop it first; it is lost when it has been silent for "
+                f"{self._patience.lost_after_s:g} s.",
+                code="hive_not_lost",
+                title="Hive not lost",
+            )
+        del self._hives[hive.id]
+        hive.scope.cancel()
+        if self._journal is not None:
+            self._journal.hive_forgotten(hive.id)
+        log.info("hive_forgotten", hive_id=hive.id, url=hive.url, boot=hive.boot, silence_s=info.last_seen_s)
+        return info
+
     def _record(self, hive: Hive) -> None:
         if self._journal is not None:
             self._journal.hive_seen(hive.id, hive.url, hive.boot)
@@ -282,7 +312,10 @@ class Fleet:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(hive.relay.run)
                     await self._follow_heartbeats(hive, tasks)
-            gone = f"{hive.id} at {hive.url} is gone: it has moved, or another hive has taken its id."
+            gone = (
+                f"{hive.id} at {hive.url} is gone: it has moved, another hive has taken its id, "
+                "or it was forgotten."
+            )
             await hive.relay.lose(Unavailable(gone, code="hive_lost"), grace_s=0)
 
     async def _follow_heartbeats(self, hive: Hive, tasks: TaskGroup) -> NoReturn:

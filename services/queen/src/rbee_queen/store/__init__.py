@@ -3,6 +3,7 @@
 from rbee_queen.store.base import JobStore, StoreFailed, StoreState
 from rbee_queen.store.records import (
     FirstOutput,
+    HiveForgotten,
     HiveSeen,
     JobAccepted,
     JobEnded,
@@ -18,6 +19,7 @@ from rbee_queen.store.records import (
 
 __all__ = [
     "FirstOutput",
+    "HiveForgotten",
     "HiveSeen",
     "JobAccepted",
     "JobEnded",

@@ -90,7 +90,15 @@ class HiveSeen(Struct, frozen=True, kw_only=True):
     boot: str
 
 
-Record: TypeAlias = JobAccepted | JobStarted | Narrated | StepTaken | FirstOutput | JobEnded | HiveSeen
+class HiveForgotten(Struct, frozen=True, kw_only=True):
+    """A hive was taken off the list. Where it is seen again in the same write, it is there after it."""
+
+    hive_id: str
+
+
+Record: TypeAlias = (
+    JobAccepted | JobStarted | Narrated | StepTaken | FirstOutput | JobEnded | HiveForgotten | HiveSeen
+)
 
 
 # --- read back ------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from sqlalchemy.types import Integer, LargeBinary, Text
 from rbee_queen.store.payloads import split
 from rbee_queen.store.records import (
     FirstOutput,
+    HiveForgotten,
     HiveSeen,
     JobAccepted,
     JobEnded,
@@ -103,6 +104,8 @@ class Writer:
                 ],
             ),
             (JobEnded, self._ending(insert_for_job(events, **event), store_payloads)),
+            # Before those that are seen: only one that was lost is forgotten, and it may come back at once.
+            (HiveForgotten, [hives.delete().where(hives.c.hive_id == bindparam("hive_id", type_=Text()))]),
             (
                 HiveSeen,
                 [

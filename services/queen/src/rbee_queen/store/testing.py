@@ -11,6 +11,7 @@ from rbee_queen.store.base import FORGET_AT_ONCE, RESTORED_BYTES, StoreFailed, S
 from rbee_queen.store.payloads import split
 from rbee_queen.store.records import (
     FirstOutput,
+    HiveForgotten,
     HiveSeen,
     JobAccepted,
     JobEnded,
@@ -131,6 +132,9 @@ class MemoryStore:
         if isinstance(record, HiveSeen):
             hive = StoredHive(hive_id=record.hive_id, url=record.url, boot=record.boot)
             self._hives[record.hive_id] = hive
+            return
+        if isinstance(record, HiveForgotten):
+            self._hives.pop(record.hive_id, None)
             return
         job = self._jobs.get(record.job_id)
         if job is None and isinstance(record, JobAccepted):
