@@ -16,13 +16,14 @@ class FakeHive:
 
     Args:
         redirect: where every request is sent on to, instead of an answer.
+        port: where it listens; a free one without.
     """
 
-    def __init__(self, hive_id: str, redirect: str | None = None) -> None:
+    def __init__(self, hive_id: str, redirect: str | None = None, port: int = 0) -> None:
         self.hive_id = hive_id
         self.redirect = redirect
         self.followers = 0
-        self.port = 0
+        self.port = port
         self.requests: list[str] = []
         self._server: asyncio.Server | None = None
         self._open: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
@@ -38,12 +39,17 @@ class FakeHive:
         }
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._answer, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._answer, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
         """Cut every connection, and wait until that is done."""
         assert self._server is not None
+        # A connection accepted just now has its task a few turns later, if the server is not closed by then.
+        for listening in self._server.sockets:
+            asyncio.get_running_loop().remove_reader(listening)
+        for _ in range(5):
+            await asyncio.sleep(0)
         self._server.close()
         for writer in self._open.values():
             writer.transport.abort()

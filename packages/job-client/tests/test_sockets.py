@@ -91,7 +91,7 @@ async def test_a_service_whose_cable_is_cut_is_noticed_though_it_had_nothing_to_
         return [event async for batch in client.follow(on_connection=connections.append) for event in batch]
 
     with far_service() as there:
-        async with JobClient("http://198.18.74.2:7833", timeouts=Timeouts(read=50)) as client:
+        async with JobClient("http://198.18.74.2:7833", timeouts=Timeouts(connect=600, read=600)) as client:
             task = asyncio.ensure_future(follow(client))
             await eventually(lambda: connections == [True], "it is followed")
             await anyio.run_process([*there, "ip", "addr", "flush", "dev", "far"])

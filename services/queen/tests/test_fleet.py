@@ -1,13 +1,20 @@
 """What the queen believes of a hive that announces itself, and what its silence means."""
 
+import itertools
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import NoReturn
 
 import anyio
 import pytest
+from rbee_inprocess import eventually
+from rbee_many_hives import FakeHive
+from rbee_ports import HeldPort
 
 from rbee_contracts.errors import Conflict, InvalidRequest, NoCapacity, NotFound, Unavailable
 from rbee_contracts.nodes import HiveHeartbeat, HiveReady, WorkerInfo
+from rbee_job_client import client
 from rbee_queen.fleet import LOST_AFTER_S, UNREACHABLE_AFTER_S, Fleet, Hive
 from rbee_queen.fleet import fleet as fleet_module
 from rbee_queen.fleet.liveness import TICK_EVERY_S
@@ -101,14 +108,20 @@ async def test_without_a_url_the_peers_address_is_taken() -> None:
         assert [info.url for info in fleet.infos()] == ["http://127.0.0.1:7835", "http://[::1]:7835"]
 
 
-async def test_a_name_is_resolved_and_the_address_is_used() -> None:
+async def test_a_name_is_resolved_and_the_address_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "RESOLVE_TIMEOUT_S", 45.0)
     async with running_fleet(Time()) as fleet:
         await fleet.announce(ready(hive_url="http://localhost:9"), "127.0.0.1")
 
         assert fleet.infos()[0].url in ("http://127.0.0.1:9", "http://[::1]:9")
 
 
-async def test_a_name_that_does_not_resolve_is_refused() -> None:
+async def test_a_name_that_does_not_resolve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a machine's own resolver says of it, and after how many seconds, differs.
+    async def fail(*_: object, **__: object) -> NoReturn:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(anyio, "getaddrinfo", fail)
     async with running_fleet(Time()) as fleet:
         with pytest.raises(InvalidRequest, match=r"cannot resolve .no-such-host\.invalid"):
             await fleet.announce(ready(hive_url="http://no-such-host.invalid:9"), "127.0.0.1")
@@ -299,6 +312,20 @@ async def test_what_a_hive_tells_stands_in_the_fleets_list() -> None:
         assert hive.clock_ahead_s is not None
         assert hear(fleet, timestamp="now").clock_ahead_s is None
         assert hear(fleet, timestamp="2026-01-01T00:00:00").clock_ahead_s is None
+
+
+async def test_a_hive_that_is_heard_again_is_followed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F36: its events come by a line of their own; work would fail that came before that line was there."""
+    monkeypatch.setattr(client, "backoff_s", lambda: itertools.repeat(3600.0))
+    with HeldPort() as held:
+        box = FakeHive("box1", port=held.number)
+        async with running_fleet(Time()) as fleet:
+            await fleet.announce(ready(port=held.number, boot="boot-box1"), "127.0.0.1")
+            hive = fleet.get("box1")
+            await eventually(lambda: hive.trouble, "the queen has tried in vain")
+            await box.start()
+            await eventually(lambda: hive.state == "online" and hive.relay.is_connected, "it is followed")
+            await box.stop()
 
 
 async def test_a_lost_hive_is_forgotten_and_is_new_when_it_announces_itself_again() -> None:

@@ -5,7 +5,7 @@ import random
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
@@ -99,6 +99,8 @@ class JobClient:
         )
         self._session: aiohttp.ClientSession | None = None
         self._streams: set[aiohttp.ClientResponse] = set()
+        self._hurried = asyncio.Event()
+        """Set, and replaced, when followers are to connect now."""
         self._is_closed = False
 
     async def __aenter__(self) -> Self:
@@ -124,8 +126,8 @@ class JobClient:
         if self._is_closed:
             raise RuntimeError(f"The client of {self.base_url} is closed.")
         if self._session is None:
-            # 0 is aiohttp's "no limit"; idle connections are given up before the services close them after
-            # 5 s, or a submit could meet the close.
+            # 0 is aiohttp's "no limit"; idle connections are given up long before the services close them,
+            # or a submit could meet the close.
             connector = aiohttp.TCPConnector(
                 ssl=self._ssl, limit=0, keepalive_timeout=4.0, socket_factory=open_socket
             )
@@ -313,7 +315,14 @@ class JobClient:
                 if connected and on_connection is not None:
                     on_connection(False)
             parser.reset()
-            await asyncio.sleep(next(delays))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(next(delays)):
+                    await self._hurried.wait()
+
+    def hurry(self) -> None:
+        """Have a follower that waits to connect again do so at once: it is known that the service answers."""
+        self._hurried.set()
+        self._hurried = asyncio.Event()
 
     async def heartbeats(self, query: str, type_: type[T]) -> AsyncGenerator[T, None]:
         """Give the service's heartbeats, decoded as `type_`, over one connection.

@@ -330,6 +330,7 @@ class Fleet:
                             beat = await anext(beats)
                         is_back = self._take(hive, beat)
                         if is_back or not heard:
+                            hive.client.hurry()  # its events too, before it gets work
                             tasks.start_soon(self._reconcile, hive)
                         heard, waits, hive.trouble = True, delays(self._uniform), None
             except RbeeError as exc:
