@@ -1,11 +1,15 @@
-"""A service in a process of its own, `small_service.py <port> <drain_timeout_s>`; prompts are commands.
+"""A service in a process of its own, `small_service.py <port> <drain_timeout_s> [mode]`.
 
-With a third argument it gets a SIGTERM before it is ready, and becomes so only where it does not leave.
+Prompts are commands.
+
+Modes: `broken-off` gets a SIGTERM before it is ready, and becomes so only where it does not leave; `patient`
+has all the time that it needs to end after a crash.
 """
 
 import os
 import signal
 import sys
+from importlib import import_module
 
 import anyio
 
@@ -25,7 +29,11 @@ from rbee_job_server import (
 from rbee_job_server.systemd import Notifier, Reporter
 
 
-async def main(port: int, drain_timeout_s: float, is_broken_off: bool) -> int:
+async def main(port: int, drain_timeout_s: float, mode: str) -> int:
+    is_broken_off = mode == "broken-off"
+    if mode == "patient":
+        serving = import_module("rbee_job_server.serve")
+        serving.CRASH_GRACE_S = serving.CRASH_EXIT_S = 600.0  # type: ignore[attr-defined]
     release, crash, left = anyio.Event(), anyio.Event(), anyio.Event()
 
     async def infer(operation: Infer, context: JobContext) -> dict[str, str]:
@@ -84,4 +92,4 @@ async def main(port: int, drain_timeout_s: float, is_broken_off: bool) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(anyio.run(main, int(sys.argv[1]), float(sys.argv[2]), len(sys.argv) > 3))
+    raise SystemExit(anyio.run(main, int(sys.argv[1]), float(sys.argv[2]), "".join(sys.argv[3:])))

@@ -1,6 +1,5 @@
 """The event log: each reader gets exactly what it has not had, in order, once, and `[DONE]` last."""
 
-import asyncio
 from typing import Any, NamedTuple
 
 import anyio
@@ -8,7 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
-from rbee_inprocess import Frame, frames_of
+from rbee_inprocess import PATIENCE_S, Frame, frames_of
 
 from rbee_contracts.events import (
     AnyEvent,
@@ -232,4 +231,5 @@ async def test_a_reader_that_stops_waiting_leaves_nothing_behind() -> None:
 
     assert not log._listeners
     log.append(END)
-    await asyncio.wait_for(reader.wait(), 1)
+    with anyio.fail_after(PATIENCE_S):
+        await reader.wait()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rbee_inprocess import Frame, ManualClock, frames_of
+from rbee_inprocess import PATIENCE_S, Frame, ManualClock, frames_of
 from starlette.types import Message
 
 from rbee_contracts.errors import RbeeError
@@ -310,7 +310,7 @@ async def test_all_that_is_said_in_one_turn_of_the_loop_leaves_in_one_write() ->
     follower = firehose.follow(None, output=True)
     jobs = [start_job(firehose) for _ in range(8)]
     sent = Sent()
-    response = EventStreamResponse(follower, on_close=follower.close)
+    response = EventStreamResponse(follower, on_close=follower.close, pings=False)
     task = asyncio.ensure_future(response({"type": "http"}, sent.receive, sent.send))
     await turns(lambda: sent.bodies)
     for _ in range(5):
@@ -341,6 +341,6 @@ async def test_closing_gives_what_is_pending_and_ends_the_stream() -> None:
     await turns(lambda: sent.bodies)
     start_job(firehose)
     firehose.close()
-    await asyncio.wait_for(task, 5)
+    await asyncio.wait_for(task, PATIENCE_S)
 
     assert [frame.action for frame in frames_of(b"".join(sent.bodies))] == ["execute"]

@@ -12,7 +12,7 @@ import anyio
 import httpx
 import psutil
 import pytest
-from rbee_inprocess import PATIENCE_S, Running, actions, eventually, exchange, running
+from rbee_inprocess import PATIENCE_S, Frame, Running, actions, eventually, exchange, running
 
 from rbee_contracts.ids import new_job_id, step_key
 from rbee_contracts.operations import Infer, Status
@@ -25,7 +25,7 @@ LIMIT = 1_000_000
 
 async def speak(operation: Infer, context: JobContext) -> None:
     context.emit_token("one")
-    await anyio.sleep(3 * DEADLINE_S if operation.prompt == "slow" else 0)
+    await anyio.sleep(3 * Limits().receive_deadline_s if operation.prompt == "slow" else 0)
     context.emit_token("two")
 
 
@@ -41,7 +41,8 @@ async def serving(**limits: float) -> AsyncIterator[Running]:
 
 @pytest.fixture
 async def service() -> AsyncIterator[Running]:
-    async with serving() as service:
+    """A service whose callers have all the time they need."""
+    async with serving(receive_deadline_s=3600) as service:
         yield service
 
 
@@ -92,7 +93,7 @@ async def drip_once(port: int, first: bytes, drop: bytes, every_s: float) -> tup
     sending = asyncio.create_task(send())
     answer = b""
     try:
-        with anyio.fail_after(PATIENCE_S), suppress(ConnectionResetError):
+        with anyio.fail_after(PATIENCE_S), suppress(ConnectionError):
             while chunk := await reader.read(65_536):
                 answer += chunk
     finally:
@@ -195,14 +196,13 @@ async def test_a_body_up_to_the_limit_is_taken(service: Running) -> None:
 
 async def test_a_body_that_says_it_is_too_large_is_413_at_once(service: Running) -> None:
     """F46: the answer comes though the body never does."""
-    begun = time.monotonic()
     reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
     writer.write(b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (LIMIT + 1))
-    answer = await reader.readuntil(b"}")
+    with anyio.fail_after(PATIENCE_S):
+        answer = await reader.readuntil(b"}")
     writer.close()
 
     assert refusal(answer) == (413, "body_too_large")
-    assert time.monotonic() - begun < 2
 
 
 @pytest.mark.parametrize("path", ["/v1/jobs", "/v1/info", "/nope"])
@@ -280,17 +280,19 @@ async def test_a_request_that_is_not_there_in_time_ends_its_connection(
     async def others() -> None:
         nonlocal served
         while True:
-            answer = await strict.http.get("/health")
-            served += answer.status_code == 200
+            with suppress(httpx.HTTPError):  # these have little time, too
+                answer = await strict.http.get("/health")
+                served += answer.status_code == 200
 
-    meanwhile = asyncio.create_task(others())
-    answer, closed_after_s = await drip(strict.port, first, drop)
-    meanwhile.cancel()
+    async with anyio.create_task_group() as meanwhile:
+        meanwhile.start_soon(others)
+        answer, closed_after_s = await drip(strict.port, first, drop)
+        await eventually(lambda: served, "others are served")
+        meanwhile.cancel_scope.cancel()
 
     final = answer.rpartition(b"HTTP/1.1 100 Continue\r\n\r\n")[2]
     assert refusal(final) == (408, "request_timeout")
     assert DEADLINE_S * 0.9 < closed_after_s < DEADLINE_S + 1
-    assert served > 0
 
 
 async def test_the_second_request_of_a_connection_has_a_deadline_too(strict: Running) -> None:
@@ -309,33 +311,66 @@ async def test_what_still_comes_after_413_has_the_same_deadline(strict: Running)
     assert closed_after_s < DEADLINE_S + 1
 
 
-async def test_an_answer_may_take_longer_than_the_request(strict: Running) -> None:
-    job_id = await strict.submit({"operation": "infer", "model": "m", "prompt": "slow"})
-    frames = await strict.read(job_id)
+async def let_pass(seconds: float) -> None:
+    """Have the loop's clock go on, and what was to come in that time come now."""
+    loop = asyncio.get_running_loop()
+    now = loop.time
+    loop.time = lambda: now() + seconds  # type: ignore[method-assign]
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_an_answer_may_take_longer_than_the_request() -> None:
+    async with serving() as service:
+        job_id = await service.submit({"operation": "infer", "model": "m", "prompt": "slow"})
+        job = service.server.registry.get(job_id)
+        frames: list[Frame] = []
+
+        async def read() -> None:
+            frames.extend(await service.read(job_id))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
+            await eventually(lambda: job.outputs, "it has begun to answer")
+            for _ in range(4):
+                await let_pass(Limits().receive_deadline_s + protocol.HELD_UP_S / 2)
 
     assert actions(frames) == ["execute", "token", "token", "execute_complete", "[DONE]"]
 
 
-async def test_a_request_that_this_process_was_too_busy_to_read_is_served(
-    strict: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_request_that_this_process_was_too_busy_to_read_is_served() -> None:
     """An engine that loads holds up the loop; that is not the caller's fault."""
-    monkeypatch.setattr(protocol, "HELD_UP_S", 0.1)
-    reader, writer = await asyncio.open_connection("127.0.0.1", strict.port)
-    writer.write(HEAD + b"Connection: close\r\nContent-Length: 22\r\n\r\n{")
-    await asyncio.sleep(DEADLINE_S / 3)
-    writer.write(b'"operation":"status"}')
-    time.sleep(2 * DEADLINE_S)  # noqa: ASYNC251 (what holds up the loop)
+    async with serving() as service:
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        writer.write(HEAD + b"Connection: close\r\nExpect: 100-continue\r\nContent-Length: 22\r\n\r\n{")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100")
+        await let_pass(Limits().receive_deadline_s + 2 * protocol.HELD_UP_S)
+        writer.write(b'"operation":"status"}')
 
-    assert (await reader.read()).startswith(b"HTTP/1.1 200")
-    writer.close()
+        assert (await reader.read()).startswith(b"HTTP/1.1 200")
+        writer.close()
 
 
 # --- connections ---------------------------------------------------------------------------------------
 
 
+async def test_an_idle_connection_outlasts_those_who_use_it_and_then_ends() -> None:
+    """httpx gives up idle connections after 5 s, and nginx after 60; who is closed first meets the close."""
+    async with serving() as service:
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        for _ in range(2):
+            writer.write(HEAD.replace(b"POST /v1/jobs", b"GET /health") + b"\r\n")
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+            await reader.readuntil(b"}")
+            await let_pass(65)
+        await let_pass(15)
+        with anyio.fail_after(PATIENCE_S):
+            assert await reader.read() == b""
+        writer.close()
+
+
 async def test_one_connection_too_many_is_503_and_the_others_go_on() -> None:
-    async with serving(max_connections=3) as service:
+    async with serving(max_connections=3, receive_deadline_s=3600) as service:
         held = [await asyncio.open_connection("127.0.0.1", service.port) for _ in range(3)]
         for _, writer in held:
             writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")

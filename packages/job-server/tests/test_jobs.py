@@ -202,6 +202,7 @@ def test_tokens_are_counted_from_nought() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(
     texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=9), max_size=6),
     actor=st.sampled_from(["worker/w1", 'worker/"x"\\']),

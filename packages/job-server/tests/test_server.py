@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rbee_inprocess import LoopClock, actions, eventually, frames_of, run_counted
+from rbee_inprocess import PATIENCE_S, LoopClock, actions, eventually, frames_of, run_counted
 
 from rbee_contracts.errors import (
     Conflict,
@@ -464,7 +464,7 @@ async def test_cancel_stops_the_handler_and_waits_for_nothing() -> None:
 
         assert job.cancel(CancelReason.REQUESTED)
         assert said(job) == ["execute", "execute_cancelled", "[DONE]"]
-        with anyio.fail_after(5):
+        with anyio.fail_after(PATIENCE_S):
             await cleaned.wait()
         assert not job.cancel(CancelReason.REQUESTED)
         assert said(job) == ["execute", "execute_cancelled", "[DONE]"]

@@ -1,5 +1,6 @@
 """What is told to the service manager: the protocol on a real socket, and when a sign of life is withheld."""
 
+import math
 import os
 import re
 import socket
@@ -13,11 +14,11 @@ from pathlib import Path
 
 import anyio
 import pytest
+from rbee_inprocess import PATIENCE_S
 
 from rbee_job_server import systemd
 from rbee_job_server.systemd import NOTIFY_VARIABLES, UNSENT_LIMIT, Notifier, Reporter
 
-PATIENCE_S = 20.0
 SCRIPT = Path(__file__).parent / "small_service.py"
 
 
@@ -167,16 +168,16 @@ async def test_a_sign_of_life_comes_at_half_of_the_watchdogs_time(manager: Servi
 
 async def test_a_loop_that_is_stuck_keeps_the_sign_of_life_back(manager: ServiceManager) -> None:
     reporter = Reporter(
-        manager.notifier(WATCHDOG_USEC="20000000"),
+        manager.notifier(WATCHDOG_USEC="200000000"),
         describe=lambda: "well",
         vital={"workers": lambda: last_round},
     )
     last_round = anyio.current_time()
     reporter._report()
-    last_round -= 11.0
+    last_round -= 101.0
     reporter._report()
     reporter._report()
-    reporter.watch("jobs", lambda: 0.0)
+    reporter.watch("jobs", lambda: -math.inf)
     reporter._report()
     stuck = manager.messages()
     last_round = anyio.current_time()
@@ -194,9 +195,9 @@ async def test_a_loop_that_is_stuck_keeps_the_sign_of_life_back(manager: Service
 
 async def test_an_event_loop_that_stood_still_does_not_make_its_loops_stuck(manager: ServiceManager) -> None:
     """After a long import, say, all are late alike; a sign of life withheld then would cost the service."""
-    last_round = anyio.current_time() - 14.0
-    reporter = Reporter(manager.notifier(WATCHDOG_USEC="20000000"), vital={"workers": lambda: last_round})
-    reporter._report(late_s=9.0)
+    last_round = anyio.current_time() - 140.0
+    reporter = Reporter(manager.notifier(WATCHDOG_USEC="200000000"), vital={"workers": lambda: last_round})
+    reporter._report(late_s=90.0)
     on_time = manager.messages()
     reporter._report()
 

@@ -32,12 +32,16 @@ class Limits(Struct, frozen=True, kw_only=True):
         receive_deadline_s: from a request's first byte (or the connection's beginning) until all of it,
             head and body, is here; later is 408.
         max_connections: open at once; one more is answered 503.
+        keep_alive_s: how many seconds a connection may idle between two requests. As long as nginx's
+            `keepalive_timeout`, and longer than clients and proxies keep theirs: who closes first must be
+            the one that sends, or a request meets the close.
     """
 
     max_body_bytes: int = 1_000_000
     max_head_bytes: int = 32_768
     receive_deadline_s: float = 9.0
     max_connections: int = 4096
+    keep_alive_s: int = 75
 
 
 class BodyLimit:

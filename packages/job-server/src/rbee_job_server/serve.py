@@ -103,6 +103,22 @@ def adopt(fd: int) -> socket.socket:
     return sock
 
 
+def web_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
+    """Give how uvicorn serves an app of ours; logs, signals and the lifespan are the service's own."""
+    return uvicorn.Config(
+        app,
+        http=guarded(limits),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=limits.keep_alive_s,
+        timeout_graceful_shutdown=2,
+        server_header=False,
+        proxy_headers=False,
+    )
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers, which `serve` below owns, and with a word when it answers."""
 
@@ -210,19 +226,7 @@ async def serve(
         reporter: tells the service manager how the service is; none is told without it.
     """
     allow_open_files(config.limits.max_connections)
-    web = _Server(
-        uvicorn.Config(
-            app,
-            http=guarded(config.limits),
-            ws="none",
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=2,
-            server_header=False,
-            proxy_headers=False,
-        )
-    )
+    web = _Server(web_config(app, config.limits))
     ending = _Ending(on_crash)
     web_ended = anyio.Event()
     reporter = reporter or Reporter()
