@@ -7,7 +7,6 @@ import pty
 import re
 import select
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -17,16 +16,25 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
+import httpx
 import msgspec
 import psutil
 import pytest
 
+from rbee_contracts.nodes import SERVING, HiveHeartbeat, HiveInfo, QueenHeartbeat
+
 BIN = Path(sys.executable).parent
 MARK = "RBEE_TEST_MARK"
 
+T = TypeVar("T")
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+HANGS_S = 100.0
+"""What takes longer hangs: nothing here takes more than a few seconds where nobody stops a process."""
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = HANGS_S) -> None:
     """Poll until `condition` holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -34,15 +42,25 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30) 
         time.sleep(0.02)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def listening_at(log: Path, process: "subprocess.Popen[bytes]") -> str:
+    """Wait until a service that was started with port 0 tells in its log where it listens; give the URL."""
+    found: list[int] = []
+
+    def has_told() -> bool:
+        status = process.poll()
+        lines = log.read_text(errors="replace").splitlines()
+        told = [line for line in lines if line.startswith("{") and '"event": "listening"' in line]
+        assert told or status is None, f"exit {status}: {lines}"
+        found[:] = [int(msgspec.json.decode(told[0])["port"])] if told else []
+        return bool(told)
+
+    wait_until(has_told, f"a line of {log} tells the port")
+    return f"http://127.0.0.1:{found[0]}"
 
 
 def answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
+        with urllib.request.urlopen(url, timeout=20) as answer:
             return int(answer.status) == 200
     except OSError:
         return False
@@ -73,13 +91,18 @@ class Sandbox:
         return found
 
     def find(self, module: str) -> psutil.Process:
-        """Give the one process that runs a module."""
-        found = []
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                if module in process.cmdline():
-                    found.append(process)
-        assert len(found) == 1, found
+        """Give the one process that runs a module. For a moment there are two, while it starts another."""
+        found: list[psutil.Process] = []
+
+        def is_one() -> bool:
+            found.clear()
+            for process in self.processes():
+                with contextlib.suppress(psutil.Error):
+                    if module in process.cmdline():
+                        found.append(process)
+            return len(found) == 1
+
+        wait_until(is_one, f"one process runs {module}")
         return found[0]
 
     def start(self, *command: str) -> subprocess.Popen[str]:
@@ -101,7 +124,7 @@ class Sandbox:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=HANGS_S,
             check=False,
         )
 
@@ -144,10 +167,10 @@ class Terminal:
         while self._read():
             pass
         os.close(self._ours)
-        return self.process.wait(20)
+        return self.process.wait(HANGS_S)
 
     def _read(self) -> bool:
-        assert select.select([self._ours], [], [], 30)[0], f"nothing more was shown: {self.raw}"
+        assert select.select([self._ours], [], [], HANGS_S)[0], f"nothing more was shown: {self.raw}"
         try:
             read = os.read(self._ours, 65536)
         except OSError:
@@ -168,6 +191,16 @@ def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
     made.close()
 
 
+def _beats(url: str, type_: type[T]) -> Iterator[T]:
+    """Follow a service's heartbeats."""
+    with httpx.stream("GET", f"{url}/v1/heartbeats/stream?follower=keeper", timeout=HANGS_S) as answer:
+        assert answer.status_code == 200, answer.read()
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                yield msgspec.json.decode(line[6:], type=type_)
+    raise AssertionError(f"{url} ended its heartbeats")
+
+
 class ClusterUnderTest:
     """A queen and a hive on free ports, with a quick worker and a slow one; `rbee` speaks to them."""
 
@@ -177,20 +210,22 @@ class ClusterUnderTest:
 
     def __init__(self, sandbox: Sandbox) -> None:
         self.sandbox = sandbox
-        self.queen_url = f"http://127.0.0.1:{free_port()}"
-        self.hive_url = f"http://127.0.0.1:{free_port()}"
+        self.queen_url = ""
+        self.hive_url = ""
         self._services: list[subprocess.Popen[bytes]] = []
-        sandbox.environ["RBEE_QUEEN_URL"] = self.queen_url
 
     def start(self) -> None:
         models = self.sandbox.folder / "models" / self.quick
         models.mkdir(parents=True)
         (models / "config.json").write_text('{"architectures":["LlamaForCausalLM"]}')
-        self._start("rbee-queen", "--port", self.queen_url.rpartition(":")[2])
+        # A hive that this machine does not let speak for a while is not given up.
+        patience = ("--hive-unreachable-after-s", "100", "--hive-lost-after-s", "200")
+        self.queen_url = self._start("rbee-queen", "--port", "0", *patience)
+        self.sandbox.environ["RBEE_QUEEN_URL"] = self.queen_url
         wait_until(lambda: answers(f"{self.queen_url}/ready"), "queen ready")
-        self._start(
+        self.hive_url = self._start(
             "rbee-hive",
-            *("--port", self.hive_url.rpartition(":")[2], "--queen-url", self.queen_url),
+            *("--port", "0", "--queen-url", self.queen_url),
             *("--hive-id", self.hive_id, "--worker-engine", "sim"),
             *("--models-dir", str(models.parent), "--state-dir", str(self.sandbox.folder / "hive")),
         )
@@ -199,23 +234,47 @@ class ClusterUnderTest:
         for model, step_ms in ((self.quick, "2"), (self.slow, "300")):
             spawned = self.rbee("worker", "spawn", "--model", model, "--", "--sim-step-ms", step_ms)
             assert spawned.returncode == 0, spawned.stderr
+        self.settle()
 
-    def _start(self, *command: str) -> None:
-        with (self.sandbox.folder / f"{command[0]}.log").open("wb") as log:
-            self._services.append(
-                subprocess.Popen(
-                    [str(BIN / command[0]), *command[1:]],
-                    env=self.sandbox.environ,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                )
+    def settle(self) -> None:
+        """Wait until the hive has its two workers and no other, takes work, and the queen has heard so.
+
+        A hive that is spoken to directly has changed before the queen hears of it, and what a job that was
+        cancelled had started ends later than the job.
+        """
+
+        as_ever = sorted([(self.quick, True), (self.slow, True)])
+
+        def is_as_ever(told: HiveHeartbeat | HiveInfo) -> bool:
+            workers = [(worker.model, worker.state in SERVING) for worker in told.workers]
+            return sorted(workers) == as_ever and not told.draining
+
+        for beat in _beats(self.hive_url, HiveHeartbeat):
+            if is_as_ever(beat):
+                break
+        seen = 0  # twice: the first may be of before
+        for overview in _beats(self.queen_url, QueenHeartbeat):
+            seen = seen + 1 if all(map(is_as_ever, overview.hives)) else 0
+            if seen == 2:
+                break
+
+    def _start(self, *command: str) -> str:
+        path = self.sandbox.folder / f"{command[0]}.log"
+        with path.open("wb") as log:
+            service = subprocess.Popen(
+                [str(BIN / command[0]), *command[1:]],
+                env=self.sandbox.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
+        self._services.append(service)
+        return listening_at(path, service)
 
     def stop(self) -> None:
         for service in reversed(self._services):
             service.send_signal(signal.SIGTERM)
-            service.wait(40)
+            service.wait(HANGS_S)
 
     def rbee(self, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         return self.sandbox.run("rbee", *arguments, stdin=stdin)
@@ -246,19 +305,17 @@ class ScriptedService:
 
     def __init__(self, sandbox: Sandbox) -> None:
         self.sandbox = sandbox
-        self.url = f"http://127.0.0.1:{free_port()}"
-        sandbox.environ["RBEE_QUEEN_URL"] = self.url
-        with (sandbox.folder / "scripted.log").open("wb") as log:
+        path = sandbox.folder / "scripted.log"
+        with path.open("wb") as log:
             self.process = subprocess.Popen(
-                [
-                    *(sys.executable, str(Path(__file__).with_name("scripted_service.py"))),
-                    self.url.rpartition(":")[2],
-                ],
+                [sys.executable, str(Path(__file__).with_name("scripted_service.py")), "0"],
                 env=sandbox.environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
+        self.url = listening_at(path, self.process)
+        sandbox.environ["RBEE_QUEEN_URL"] = self.url
         wait_until(lambda: answers(f"{self.url}/ready"), "the scripted service answers")
 
     def rbee(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -268,7 +325,7 @@ class ScriptedService:
             input="",
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=HANGS_S,
             check=False,
         )
 
@@ -284,7 +341,7 @@ class ScriptedService:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(HANGS_S)
 
 
 @pytest.fixture(scope="session")

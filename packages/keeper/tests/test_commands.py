@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(180)
 """The first test of a run starts the services too."""
 
+HANGS_S = 100.0
+"""What takes longer hangs."""
+
 UNKNOWN_JOB = "job-00000000-0000-4000-8000-000000000000"
 
 
@@ -114,7 +117,7 @@ def test_interrupted_infer_cancels_its_job(cluster: "ClusterUnderTest", signum: 
     [job] = cluster.jobs("--state", "running", "--operation", "infer")
 
     process.send_signal(signum)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=HANGS_S)
 
     assert (128 + signum, "") == (process.returncode, stderr)
     assert cluster.json("job", "show", str(job["job_id"]))["state"] == "cancelled"
@@ -128,7 +131,7 @@ def test_infer_into_a_broken_pipe_ends_quietly_and_cancels(cluster: "ClusterUnde
 
     process.stdout.close()
 
-    assert process.wait(20) == 141
+    assert process.wait(HANGS_S) == 141
     assert process.stderr is not None
     assert process.stderr.read() == ""
     process.stderr.close()
@@ -142,7 +145,7 @@ def test_infer_cancelled_by_someone_else_fails(cluster: "ClusterUnderTest") -> N
     [job] = cluster.jobs("--state", "running", "--operation", "infer")
 
     cancelled = cluster.rbee("job", "cancel", str(job["job_id"]))
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=HANGS_S)
 
     assert (0, f"{job['job_id']} is cancelled.\n") == (cancelled.returncode, cancelled.stdout)
     assert process.returncode == 1
@@ -237,6 +240,7 @@ def test_a_hive_asked_directly_shows_that_it_drains(cluster: "ClusterUnderTest")
     assert drained.stdout.startswith("The hive takes no new work; ")
     assert "yes: it takes no new work" in shown.stdout
     assert undone.stdout.startswith("The hive takes new work; ")
+    cluster.settle()
 
 
 @pytest.mark.parametrize("command", ["status", "device list"])
@@ -288,14 +292,14 @@ def test_a_terminal_gets_drawn_tables(cluster: "ClusterUnderTest") -> None:
     )
     os.close(theirs)
     shown = b""
-    while select.select([ours], [], [], 20)[0]:
+    while select.select([ours], [], [], HANGS_S)[0]:
         try:
             shown += os.read(ours, 65536)
         except OSError:
             break
     os.close(ours)
 
-    assert process.wait(20) == 0
+    assert process.wait(HANGS_S) == 0
     assert "─" in shown.decode()
     assert cluster.slow in shown.decode()
 
@@ -312,6 +316,7 @@ def test_spawn_and_stop_a_worker(cluster: "ClusterUnderTest") -> None:
     assert worker_id in listed
     assert "has stopped" in stopped.stderr
     assert worker_id not in cluster.rbee("worker", "list").stdout
+    cluster.settle()
 
 
 def test_a_worker_that_cannot_start_fails_the_command(cluster: "ClusterUnderTest") -> None:
@@ -319,6 +324,7 @@ def test_a_worker_that_cannot_start_fails_the_command(cluster: "ClusterUnderTest
 
     assert (done.returncode, done.stdout) == (1, "")
     assert "did not become ready" in done.stderr
+    cluster.settle()
 
 
 def test_interrupted_spawn_stops_the_worker(cluster: "ClusterUnderTest") -> None:
@@ -327,11 +333,12 @@ def test_interrupted_spawn_stops_the_worker(cluster: "ClusterUnderTest") -> None
     assert "Spawning" in process.stderr.readline()
 
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=HANGS_S)
 
     assert process.returncode == 130
     [job] = [job for job in cluster.jobs("--operation", "worker_spawn") if job["model"] == "late"]
     assert job["state"] == "cancelled"
+    cluster.settle()
 
 
 def test_a_worker_is_shown_drained_and_its_log_read(cluster: "ClusterUnderTest") -> None:
@@ -350,11 +357,16 @@ def test_a_worker_is_shown_drained_and_its_log_read(cluster: "ClusterUnderTest")
     assert drained.stdout == f"{worker_id} is draining; 0 running, 0 waiting.\n"
     assert undone.stdout == f"{worker_id} is ready; 0 running, 0 waiting.\n"
     assert unloaded.stdout == f"fourth is out of device memory: {worker_id} is stopped.\n"
+    cluster.settle()
 
 
 def test_a_real_hive_and_the_queen_check_themselves(cluster: "ClusterUnderTest") -> None:
     for command in (("hive", "check"), ("queen", "check")):
-        done = cluster.rbee(*command)
+        # What is looked at has 5 s to answer, which a busy machine may not have given it the first time.
+        for _ in range(3):
+            done = cluster.rbee(*command)
+            if done.returncode == 0:
+                break
 
         assert "0 failed." in done.stdout
         assert (done.returncode, done.stderr) == (0, "")

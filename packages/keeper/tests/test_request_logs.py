@@ -8,6 +8,9 @@ import pytest
 if TYPE_CHECKING:
     from packages.keeper.tests.conftest import ScriptedService
 
+pytestmark = pytest.mark.timeout(180)
+"""The first test of a run starts the services too."""
+
 
 def test_lines_tell_when_who_what_and_with_what(scripted: "ScriptedService") -> None:
     done = scripted.rbee("logs", "--correlation-id", "corr-1")

@@ -3,15 +3,22 @@
 import io
 import signal
 import socket
+import subprocess
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psutil
 import pytest
+from rbee_processes import until
 
 from rbee_contracts.nodes import WorkerInfo
+from rbee_job_server import bind
 from rbee_keeper.output import Output
+from rbee_keeper.up.child import TAIL_LINE_CHARS
+from rbee_keeper.up.plan import Wanted, make_plan, taken
 from rbee_keeper.up.voice import Voice
 from rbee_keeper.up.workers import Seen, compare
 
@@ -22,6 +29,9 @@ pytestmark = pytest.mark.timeout(180)
 """The first test of a run starts the services too."""
 
 MODEL = "sim-model"
+
+HANGS_S = 150.0
+"""What takes longer hangs."""
 
 
 class Up:
@@ -47,8 +57,10 @@ class Up:
 
     def end(self) -> tuple[int, str]:
         """Wait for its end; give exit status and stderr."""
-        stdout, stderr = self.process.communicate(timeout=50)
-        self.seen += [msgspec.json.decode(line, type=dict[str, Any]) for line in stdout.splitlines()]
+        assert self.process.stdout is not None
+        # Not by `communicate`, which leaves out what `until` has read ahead.
+        self.seen += [msgspec.json.decode(line, type=dict[str, Any]) for line in self.process.stdout]
+        _, stderr = self.process.communicate(timeout=HANGS_S)
         return self.process.returncode, stderr
 
     def said(self) -> list[str]:
@@ -67,10 +79,14 @@ def models(sandbox: "Sandbox") -> None:
 def test_up_serves_the_only_model_and_stops_in_order(sandbox: "Sandbox") -> None:
     up = Up(sandbox)
     event = up.until("up")
-    answer = sandbox.run(
-        "rbee", "--queen", event["queen_url"], "infer", "-m", MODEL, "--max-tokens", "3", "Hi"
-    )
+    queen = event["queen_url"]
 
+    def ask() -> "subprocess.CompletedProcess[str] | None":
+        """A hive that this machine does not let speak for some seconds gets no work meanwhile."""
+        done = sandbox.run("rbee", "--queen", queen, "infer", "-m", MODEL, "--max-tokens", "3", "Hi")
+        return done if done.returncode == 0 or "No worker can run" not in done.stderr else None
+
+    answer = until(ask, "the worker is asked", HANGS_S)
     up.process.send_signal(signal.SIGINT)
     exit_code, stderr = up.end()
 
@@ -92,7 +108,8 @@ def test_up_for_people_says_how_to_use_it(sandbox: "Sandbox") -> None:
         if line.startswith("Stop with Ctrl-C"):
             break
     process.send_signal(signal.SIGTERM)
-    rest, stderr = process.communicate(timeout=50)
+    rest = process.stdout.read()
+    _, stderr = process.communicate(timeout=HANGS_S)
 
     text = "".join(lines)
     assert (process.returncode, stderr) == (0, "")
@@ -116,15 +133,22 @@ def test_up_without_a_model_gives_a_hint(sandbox: "Sandbox") -> None:
 
 
 def test_ctrl_c_while_the_worker_loads_leaves_nothing(sandbox: "Sandbox") -> None:
-    up = Up(sandbox, "--model", MODEL, "--worker-arg=--sim-start-s", "--worker-arg=100")
-    up.until("worker_spawn_start")
+    for _ in range(3):
+        up = Up(sandbox, "--model", MODEL, "--worker-arg=--sim-start-s", "--worker-arg=600")
+        up.until("worker_spawn_start")
+        so_far = len(up.seen)
 
-    up.process.send_signal(signal.SIGINT)
-    exit_code, stderr = up.end()
+        up.process.send_signal(signal.SIGINT)
+        exit_code, stderr = up.end()
 
-    assert (exit_code, stderr) == (0, "")
-    assert "waiting" not in up.said()
-    assert sandbox.processes() == []
+        assert (exit_code, stderr) == (0, "")
+        assert "killed" not in up.said()
+        assert sandbox.processes() == []
+        # A machine that is too busy delays one of them; what waits for the load waits each time.
+        if "waiting" not in up.said()[so_far:]:
+            break
+    else:
+        raise AssertionError(f"the end was waited for: {up.seen}")
 
 
 def test_ctrl_c_before_anything_is_ready_leaves_nothing(sandbox: "Sandbox") -> None:
@@ -132,6 +156,7 @@ def test_ctrl_c_before_anything_is_ready_leaves_nothing(sandbox: "Sandbox") -> N
     assert up.process.stdout is not None
     while not [p for p in sandbox.processes() if "rbee_queen" in _cmdline(p)]:
         assert up.process.poll() is None
+        time.sleep(0.02)
 
     up.process.send_signal(signal.SIGINT)
     exit_code, _ = up.end()
@@ -154,7 +179,7 @@ def test_a_model_that_cannot_be_loaded_ends_it_all(sandbox: "Sandbox") -> None:
 @pytest.mark.parametrize("name", ["queen", "hive"])
 def test_a_child_that_dies_is_named_and_the_rest_stopped(sandbox: "Sandbox", name: str) -> None:
     up = Up(sandbox, "--model", MODEL)
-    up.until("up")
+    log = Path(up.until("up")["logs"]) / f"{name}.log"
 
     sandbox.find(f"rbee_{name}").kill()
     died = up.until("died")
@@ -163,7 +188,7 @@ def test_a_child_that_dies_is_named_and_the_rest_stopped(sandbox: "Sandbox", nam
     assert exit_code == 1
     assert f"The {name} was ended by signal 9 (SIGKILL)." in died["message"]
     assert f"{name}.log" in died["message"]
-    assert '"event": "listening"' in died["message"]
+    assert log.read_text().splitlines()[-1][:TAIL_LINE_CHARS] in died["message"]
     assert sandbox.processes() == []
 
 
@@ -252,14 +277,38 @@ def test_a_second_ctrl_c_ends_what_does_not_stop(sandbox: "Sandbox") -> None:
 def test_killed_outright_its_services_stop_too(sandbox: "Sandbox") -> None:
     up = Up(sandbox, "--model", MODEL)
     up.until("up")
-    running = sandbox.processes()
 
     up.process.kill()
     up.end()
-    _, alive = psutil.wait_procs(running, timeout=40)
 
-    assert alive == []
-    assert sandbox.processes() == []
+    until(lambda: not sandbox.processes(), "everything has ended", HANGS_S)
+
+
+def test_a_free_port_is_nobody_elses_until_its_service_listens(tmp_path: Path) -> None:
+    """It was only looked up, and another program could take it while the service was still loading."""
+    wanted = Wanted(
+        model=None,
+        models_dir=None,
+        host="127.0.0.1",
+        queen_port=0,
+        hive_port=0,
+        hive_id=None,
+        token=None,
+        token_file=None,
+        worker_args=[],
+        worker_engine=None,
+        verbose=False,
+    )
+    with ExitStack() as reserved:
+        plan = make_plan(wanted, {}, tmp_path, reserved)
+        ports = [int(url.rpartition(":")[2]) for url in (plan.queen_url, plan.hive_url)]
+        assert ports[0] != ports[1]
+        for port in ports:
+            with socket.socket() as other, pytest.raises(OSError, match="in use"):
+                other.bind(("127.0.0.1", port))
+            assert taken("127.0.0.1", port) is None
+            with bind("127.0.0.1", port):
+                assert taken("127.0.0.1", port) is not None
 
 
 @pytest.mark.parametrize("name", ["queen", "hive"])

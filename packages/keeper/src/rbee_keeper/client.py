@@ -14,7 +14,8 @@ from rbee_contracts.results import RESULTS
 from rbee_contracts.sse import START, Position
 from rbee_job_client import JobClient, ProtocolError
 
-CANCEL_TIMEOUT_S = 5.0
+CANCEL_TIMEOUT_S = 15.0
+"""For the cancellation of a job that is left; a busy machine takes seconds. Ctrl-C again ends the wait."""
 
 OnEvent = Callable[[AnyEvent], None]
 OnLeft = Callable[[str, bool], None]

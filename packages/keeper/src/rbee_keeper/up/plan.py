@@ -3,6 +3,7 @@
 import importlib.util
 import socket
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from msgspec import Struct
@@ -40,8 +41,11 @@ class Plan(Struct, frozen=True, kw_only=True):
     models_dir: Path | None
 
 
-def make_plan(wanted: Wanted, environ: Mapping[str, str], here: Path) -> Plan:
+def make_plan(wanted: Wanted, environ: Mapping[str, str], here: Path, reserved: ExitStack) -> Plan:
     """Decide all of it.
+
+    Args:
+        reserved: keeps the free ports that were taken from others until their services have ended.
 
     Raises:
         RbeeError: it cannot be done here, and what to do about that.
@@ -58,8 +62,8 @@ def make_plan(wanted: Wanted, environ: Mapping[str, str], here: Path) -> Plan:
             f"--host {wanted.host} lets others in, which needs a token: {HOW_TO_MAKE_A_TOKEN}",
             code="no_token",
         )
-    queen_port = wanted.queen_port or _free_port(wanted.host)
-    hive_port = wanted.hive_port or _free_port(wanted.host)
+    queen_port = wanted.queen_port or _free_port(wanted.host, reserved)
+    hive_port = wanted.hive_port or _free_port(wanted.host, reserved)
     connect_to = _connect_to(wanted.host)
     queen_url, hive_url = f"http://{connect_to}:{queen_port}", f"http://{connect_to}:{hive_port}"
     folder = _state_folder(environ) / f"up-{queen_port}"
@@ -115,14 +119,16 @@ def _state_folder(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("XDG_STATE_HOME") or home / ".local/state").absolute() / "rbee"
 
 
-def _free_port(host: str) -> int:
+def _free_port(host: str, reserved: ExitStack) -> int:
+    """Take a free port, which the kernel then gives nobody else; a service may listen on it all the same."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError as exc:
-            raise RbeeError(f"Cannot listen on {host}: {exc.strerror}. Choose another --host.") from exc
-        return int(probe.getsockname()[1])
+    sock = reserved.enter_context(socket.socket(family, socket.SOCK_STREAM))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, 0))
+    except OSError as exc:
+        raise RbeeError(f"Cannot listen on {host}: {exc.strerror}. Choose another --host.") from exc
+    return int(sock.getsockname()[1])
 
 
 def _connect_to(host: str) -> str:

@@ -27,6 +27,11 @@ from rbee_keeper.up.workers import watch_workers
 
 READY_TIMEOUT_S = 60.0
 READY_POLL_S = 0.1
+
+CONNECT_S = 20.0
+RESUME_S = 20.0
+"""Where a service has ended this is seen at once, so these only bear with a machine that is too busy."""
+
 SAY_WAITING_EVERY_S = 5.0
 EXIT_FAILED = 1
 EXIT_HURRIED = 130
@@ -51,7 +56,14 @@ async def run(wanted: Wanted, out: Output, environ: Mapping[str, str]) -> int:
 
 
 async def _run(voice: Voice, wanted: Wanted, is_json: bool, environ: Mapping[str, str]) -> int:
-    plan = make_plan(wanted, environ, Path.cwd())
+    with contextlib.ExitStack() as reserved:
+        plan = make_plan(wanted, environ, Path.cwd(), reserved)
+        return await _run_plan(voice, wanted, plan, is_json, environ)
+
+
+async def _run_plan(
+    voice: Voice, wanted: Wanted, plan: Plan, is_json: bool, environ: Mapping[str, str]
+) -> int:
     await _check_ports(wanted, plan)
     _make_folder(plan.folder)
     failure: RbeeError | None = None
@@ -90,7 +102,7 @@ class _Up:
         await self._cluster.start("queen", plan.queen_args, self._log_path("queen"))
         # Both need a second to load; the hive announces itself again until the queen answers.
         await self._cluster.start("hive", plan.hive_args, self._log_path("hive"))
-        timeouts = Timeouts(connect=2.0, resume=5.0)
+        timeouts = Timeouts(connect=CONNECT_S, resume=RESUME_S)
         async with (
             JobClient(plan.queen_url, token=self._wanted.token, timeouts=timeouts) as queen,
             JobClient(plan.hive_url, token=self._wanted.token, timeouts=timeouts) as hive,
