@@ -1,7 +1,8 @@
 """What a worker tells its hive, and what its hive may ask of it, over a real port."""
 
 import signal
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -39,15 +40,15 @@ class Worker:
 
     async def ask(self, what: str) -> tuple[int, str]:
         """Post to a route of the worker; give the status, and the error's code where it is one."""
-        answer = await self.client.post(f"/v1/worker/{what}", json={}, timeout=20)
+        answer = await self.client.post(f"/v1/worker/{what}", json={})
         return answer.status_code, answer.json().get("code", "")
 
 
 @asynccontextmanager
-async def worker(**parameters: Any) -> AsyncIterator[Worker]:
+async def worker(*, now: Callable[[], float] = time.monotonic, **parameters: Any) -> AsyncIterator[Worker]:
     """A ready worker with the sim engine."""
     engine = SimEngine("m", SimParameters(**parameters))
-    state = WorkerState(config(), engine)
+    state = WorkerState(config(), engine, now)
 
     def extend(server: JobServer, app: Starlette) -> None:
         app.router.routes.extend(build_worker_app(config(), server, state, engine).routes)
@@ -55,7 +56,7 @@ async def worker(**parameters: Any) -> AsyncIterator[Worker]:
     handlers: Handlers = {Infer: state.running(InferHandler(engine, "m"))}
     async with running(handlers, extend=extend) as service, anyio.create_task_group() as tasks:
         tasks.start_soon(state.run_engine, service.server)
-        async with httpx.AsyncClient(base_url=service.url) as client:
+        async with httpx.AsyncClient(base_url=service.url, timeout=45) as client:
             made = Worker(state, client)
             await eventually(lambda: state.not_ready() is None, "the engine is ready")
             yield made
@@ -84,23 +85,29 @@ async def test_a_probe_is_one_token() -> None:
 
 
 async def test_a_probe_of_a_stuck_engine_fails_and_there_is_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rbee_worker.state.PROBE_LIMIT_S", 0.5)
-    async with worker(stall_after_tokens=1) as made, anyio.create_task_group() as tasks:
+    answers: list[tuple[int, str]] = []
+    goes_on = anyio.Event()
+    async with worker(stall_after_tokens=1) as made:
         assert await made.ask("probe") == (200, ""), "its first token comes"
-        answers: list[tuple[int, str]] = []
+        with monkeypatch.context() as patch:
+            patch.setattr("rbee_worker.state.PROBE_LIMIT_S", 0.1)
+            assert await made.ask("probe") == (503, "engine_silent")
 
         async def ask() -> None:
             answers.append(await made.ask("probe"))
 
-        for _ in range(2):
+        monkeypatch.setattr(made.state._engine, "probe", goes_on.wait)
+        async with anyio.create_task_group() as tasks:
             tasks.start_soon(ask)
-        await eventually(lambda: len(answers) == 2, "both are answered")
+            await eventually(lambda: made.state._is_probing, "it is probed")
+            assert await made.ask("probe") == (503, "probe_under_way")
+            goes_on.set()
 
-    assert sorted(answers) == [(503, "engine_silent"), (503, "probe_under_way")]
+    assert answers == [(200, "")]
 
 
 async def test_requests_make_it_busy_also_before_the_engines_first_step() -> None:
-    async with worker(stall_after_tokens=1) as made:
+    async with worker(stall_after_tokens=1, now=lambda: 1000.0) as made:
         await made.ask("probe")
         await submit(made, max_tokens=50)
         await eventually(lambda: made.state.activity.count == 1, "it is taken")
@@ -108,7 +115,7 @@ async def test_requests_make_it_busy_also_before_the_engines_first_step() -> Non
 
         assert status["state"] == "busy"
         assert status["load"]["running"] + status["load"]["waiting"] == 1
-        assert status["load"]["step_age_s"] < 10
+        assert status["load"]["step_age_s"] == 0, "no engine owes a step to a request that came this moment"
 
 
 async def test_asleep_it_takes_nothing_until_it_is_woken() -> None:

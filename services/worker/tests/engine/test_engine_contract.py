@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from rbee_contracts.errors import InvalidRequest
 from rbee_contracts.events import InferResult
+from rbee_contracts.nodes import EngineLoad
 from rbee_contracts.operations import Infer
 from rbee_worker.engine.base import Delta, Engine
 from rbee_worker.engine.processes import OwnedProcesses
@@ -50,19 +51,29 @@ async def run(engine: Engine, request_id: str = "test", **fields: Any) -> Output
 
 
 async def until_idle(engine: Engine) -> None:
-    with anyio.fail_after(10):
+    with anyio.fail_after(45):
         while engine.load().running or engine.load().waiting:  # noqa: ASYNC110
             await anyio.sleep(0.002)
+
+
+async def is_seen_running(engine: Engine) -> bool:
+    """Whether an engine tells of a request; not where it ended while this process stood still."""
+    with anyio.move_on_after(5):
+        while not engine.load().running:  # noqa: ASYNC110
+            await anyio.sleep(0.002)
+    return bool(engine.load().running)
 
 
 class EngineContract:
     async def test_answers_a_probe_and_tells_of_its_pace(self, started: Started) -> None:
         await started.engine.probe()
-        await run(started.engine, prompt="A worker", max_tokens=12, ignore_eos=True)
-        await until_idle(started.engine)
-        load = started.engine.load()
+        load = EngineLoad()
+        # The rate is of the last five seconds: where this process stood still for as long, there is none.
+        while not load.tokens_per_second:
+            await run(started.engine, prompt="A worker", max_tokens=12, ignore_eos=True)
+            await until_idle(started.engine)
+            load = started.engine.load()
 
-        assert load.tokens_per_second > 0
         assert load.step_age_s is not None
         assert load.step_age_s < 30
         assert load.prefix_cache_hit_rate is not None
@@ -88,10 +99,12 @@ class EngineContract:
         t = output.result.timings
         assert t.ttft_ms >= t.prefill_ms > 0
         assert t.decode_ms > 0
-        assert t.tokens_per_second == pytest.approx(11 / t.decode_ms * 1000, rel=0.01)
+        assert t.tokens_per_second == pytest.approx(11 / t.decode_ms * 1000, rel=0.01, abs=0.01)
 
     async def test_concurrent_requests_do_not_mix(self, started: Started) -> None:
-        prompts = [f"The queen {word}" for word in ("asks", "takes", "stores", "holds", "ends", "names")]
+        # The model knows these by heart: how an engine rounds in a larger batch does not change what follows.
+        prompts = ["The queen holds", "The cancellation travels down", "Your client decides whether"]
+        prompts += ["The message type stands", "You start one small", "The hive looks at"]
         fields: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "temperature": 0.0}
         alone = [(await run(started.engine, prompt=p, **fields)).text() for p in prompts]
 
@@ -113,11 +126,13 @@ class EngineContract:
 
     async def test_closing_the_generator_frees_the_engine(self, started: Started) -> None:
         op = Infer(model=MODEL, prompt="A job", max_tokens=started.max_model_len // 2, ignore_eos=True)
-        stream = started.engine.generate("test", op)
-        await anext(stream)
-        with anyio.fail_after(5):
-            while not started.engine.load().running:  # noqa: ASYNC110
-                await anyio.sleep(0.002)
+        with anyio.fail_after(45):
+            while True:
+                stream = started.engine.generate("test", op)
+                await anext(stream)
+                if await is_seen_running(started.engine):
+                    break
+                await stream.aclose()
 
         await stream.aclose()
 
@@ -249,7 +264,7 @@ class TestSimEngine(EngineContract):
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
 class TestVllmEngine(EngineContract):
     @pytest.fixture(scope="class")

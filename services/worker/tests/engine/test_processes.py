@@ -34,7 +34,7 @@ def family() -> Iterator[tuple[subprocess.Popen[str], int]]:
 
 
 async def ended(owned: OwnedProcesses) -> None:
-    with anyio.fail_after(10):
+    with anyio.fail_after(45):
         while owned.kill():  # noqa: ASYNC110
             await anyio.sleep(0.01)
 

@@ -83,7 +83,7 @@ async def test_dies_when_told_to() -> None:
             assert isinstance(await anext(stream), Delta)
         with pytest.raises(EngineDied):
             await anext(stream)
-        with anyio.fail_after(10):
+        with anyio.fail_after(45):
             cause = await engine.died()
         with pytest.raises(EngineDied):
             await read(engine, infer(max_tokens=1))
@@ -135,7 +135,7 @@ async def serving(**parameters: Any) -> AsyncIterator[tuple[SimEngine, httpx.Asy
             while not server.started:  # noqa: ASYNC110
                 await anyio.sleep(0.005)
             port = server.servers[0].sockets[0].getsockname()[1]
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=45) as client:
                 yield engine, client
             server.should_exit = True
 
@@ -191,12 +191,12 @@ async def test_a_step_of_a_stream_is_one_write() -> None:
 
 
 async def test_a_client_that_leaves_frees_the_engine() -> None:
-    async with serving() as (engine, client):
+    async with serving(step_ms=20.0) as (engine, client):  # by itself it would take minutes
         body = chat(stream=True, max_tokens=20_000)
         async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             await anext(answer.aiter_lines())
             assert engine.load().running == 1
-        with anyio.fail_after(10):
+        with anyio.fail_after(45):
             while engine.load().running:  # noqa: ASYNC110
                 await anyio.sleep(0.002)
 

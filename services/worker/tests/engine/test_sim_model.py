@@ -4,7 +4,7 @@ import argparse
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbee_worker.engine.sim import SimParameters, add_arguments, from_args
@@ -163,6 +163,7 @@ def test_an_aborted_sequence_leaves_nothing_behind() -> None:
     assert model.cache.used == 0
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(1, 100), st.integers(1, 28), st.integers(0, 3), st.booleans()),

@@ -44,6 +44,7 @@ _SHUTDOWN_S = 5.0
 _SHUTDOWN_THREAD_S = 10.0
 _KILL_S = 10.0
 _DEATH_POLL_S = 0.2
+_CAUSE_S = 0.05  # for the kernel to tell of a process whose end vLLM has noticed by its pipe
 _LAST_SPANS_S = 2.0
 
 TRACING_VARIABLES = {
@@ -340,6 +341,10 @@ class VllmEngine:
             while not ended.is_set() and self._engine is not None and not self._engine.errored:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(ended.wait(), _DEATH_POLL_S)
+            if not ended.is_set():
+                # vLLM's own watch, a thread, may know of a process's end before the loop has told of it.
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(ended.wait(), _CAUSE_S)
         finally:
             for fd in fds:
                 loop.remove_reader(fd)
