@@ -5,13 +5,28 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
+from hypothesis import HealthCheck, settings
 from rbee_processes import is_alive, title_of
+
+# A machine that stops for a moment is no fault of what is tested.
+settings.register_profile(
+    "any machine", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     """Run async tests on asyncio, which uvicorn and vLLM use too."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patient_requests() -> None:
+    """Have httpx wait longer than its 5 s where a test says nothing: the machine may have more to do."""
+    for phase in ("connect", "read", "write", "pool"):
+        setattr(DEFAULT_TIMEOUT_CONFIG, phase, 45.0)
 
 
 @pytest.fixture(scope="session", autouse=True)

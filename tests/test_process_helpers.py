@@ -1,11 +1,18 @@
-"""The tests' own view of processes holds while these come and go."""
+"""The tests' own view of processes, ports and time holds while these come and go."""
 
+import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
-from rbee_processes import is_alive, title_of
+import pytest
+import rbee_processes
+from rbee_ports import HOST, HeldPort
+from rbee_processes import is_alive, title_of, until
+
+from rbee_job_server import bind
 
 
 def test_a_process_that_ends_while_it_is_looked_at_is_not_alive_and_has_no_title() -> None:
@@ -25,3 +32,40 @@ def test_a_process_that_ends_while_it_is_looked_at_is_not_alive_and_has_no_title
         assert not is_alive(process)
     assert not is_alive(child.pid)
     assert title_of(process) == ""
+
+
+def test_a_held_port_is_its_services_alone_while_that_is_down_too() -> None:
+    with HeldPort() as held:
+        address = (HOST, held.number)
+        for _ in range(2):
+            with bind(*address) as service, socket.create_connection(address) as caller:
+                answer, _ = service.accept()
+                with answer:
+                    answer.sendall(b"here")
+                    assert caller.recv(4) == b"here"
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(address)
+            with socket.socket() as other, pytest.raises(OSError, match="in use"):
+                other.bind(address)
+
+
+def test_a_condition_is_asked_once_more_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits may have been held up just then, and what it waits for have come meanwhile."""
+    asked: list[float] = []
+    now = 0.0
+
+    def held_up() -> bool:
+        nonlocal now
+        asked.append(now)
+        now += 100.0
+        return len(asked) > 1
+
+    clock = SimpleNamespace(monotonic=lambda: now, sleep=lambda _: None)
+    monkeypatch.setattr(rbee_processes, "time", clock)
+
+    assert until(held_up, "it is so", timeout_s=60)
+    assert asked == [0.0, 100.0]
+    asked.clear()
+    with pytest.raises(AssertionError, match="after 60 s still not: it is so"):
+        until(lambda: held_up() and False, "it is so", timeout_s=60)
+    assert len(asked) == 2

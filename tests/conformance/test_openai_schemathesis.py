@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
 
 from rbee_queen.openapi import build_document
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 ENDLESS = {"/v1/events", "/v1/heartbeats/stream"}
 """Streams that end when the queen does."""
@@ -53,7 +53,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def check(case: "Case[Any]", url: str) -> None:
-    response = case.call(base_url=url, timeout=30)
+    response = case.call(base_url=url, timeout=120)
 
     assert response.status_code != 500, response.text
     case.validate_response(response, checks=CHECKS)

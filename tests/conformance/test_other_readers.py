@@ -24,7 +24,7 @@ from rbee_contracts.sse import Position
 from rbee_job_server import JobContext
 from rbee_job_server.guards import Limits
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(600)]
 
 HERE = Path(__file__).parent
 RETRIES_S = 1.2
@@ -123,7 +123,7 @@ async def conversation(path: Path = HERE / "page.html") -> AsyncIterator[Convers
             {"operation": "infer", "model": "m", "prompt": "p"}, Prefer="respond-async"
         )
         job = service.server.registry.get(job_id)
-        await eventually(lambda: job.is_finished, "the job has ended")
+        await eventually(lambda: job.is_finished, "the job has ended", timeout_s=120)
         spoken = Conversation(service, relay, job_id)
         yield spoken
 
@@ -155,7 +155,7 @@ def node() -> str:
     lock, installed = HERE / "package-lock.json", HERE / "node_modules/.package-lock.json"
     if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
         done = subprocess.run(
-            [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
+            [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=5"],
             cwd=HERE,
             capture_output=True,
             text=True,
@@ -167,7 +167,7 @@ def node() -> str:
 
 
 async def run_node(node: str, script: str, url: str) -> Any:
-    with anyio.fail_after(30):
+    with anyio.fail_after(120):
         done = await anyio.run_process([node, str(HERE / script), url], check=False)
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)
@@ -233,7 +233,7 @@ async def chromium(url: str, profile: Path) -> AsyncIterator[None]:
 
 async def test_chromiums_eventsource_reads_all_and_stops(tmp_path: Path) -> None:
     async with conversation() as spoken, chromium(f"{spoken.origin}/page?stream={spoken.path}", tmp_path):
-        await eventually(lambda: spoken.reports, "the page has reported", timeout_s=45)
+        await eventually(lambda: spoken.reports, "the page has reported", timeout_s=300)
         (read,) = spoken.reports
 
         spoken.check(read["got"])

@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,10 +11,11 @@ from typing import Any
 import docker
 import httpx
 import pytest
-from rbee_containers import REPOSITORY, TAG, run
+from rbee_containers import REPOSITORY, TAG, run, unused_port
+from rbee_processes import until
 from testcontainers.compose import DockerCompose
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 PROFILES: dict[str, set[str]] = {
     "": {"token", "queen", "hive"},
@@ -24,6 +24,8 @@ PROFILES: dict[str, set[str]] = {
     "observability": {"token", "queen", "hive", "prometheus", "grafana", "otel-collector"},
 }
 OWN_SERVICES = ("queen", "hive", "hive-2", "hive-3", "hive-gpu")
+
+PATIENCE_S = 120.0
 
 PAGE = REPOSITORY / "docs/operations/docker.md"
 
@@ -136,6 +138,12 @@ class Token:
         assert (mode, end) == ("444", "")
         return str(token)
 
+    def said(self) -> str:
+        """Give what the service has logged; compose itself may end before it has shown all of it."""
+        mine = {"label": f"com.docker.compose.project={self.project}"}
+        (container,) = self.engine.containers.list(all=True, filters=mine)
+        return str(container.logs().decode())
+
 
 @pytest.fixture
 def token(engine: docker.DockerClient, image: Callable[[str], str]) -> Iterator[Token]:
@@ -177,8 +185,9 @@ def test_a_token_is_made_once_and_another_file_replaces_it(token: Token, tmp_pat
 def test_a_file_that_holds_no_token_is_refused_rather_than_replaced(
     token: Token, tmp_path: Path, text: str, cause: str
 ) -> None:
-    with pytest.raises(AssertionError, match=re.escape(f"the token in /run/secrets/token {cause}")):
+    with pytest.raises(AssertionError, match="status 1 of docker compose"):
         token.after(written(tmp_path / "token", text))
+    assert f"the token in /run/secrets/token {cause}" in token.said()
 
 
 # --- a stack that runs -------------------------------------------------------------------------------------
@@ -215,18 +224,32 @@ class Stack:
             "model": "rbee-tiny",
             "messages": [QUESTION],
             "stream": True,
-            "max_tokens": 12,
+            "max_tokens": 300,
             "temperature": 0,
+            "ignore_eos": True,
         }
         url = f"{self.url}/v1/chat/completions"
-        with httpx.stream("POST", url, json=body, headers=self.auth, timeout=60) as answer:
+        with httpx.stream("POST", url, json=body, headers=self.auth, timeout=PATIENCE_S) as answer:
             assert answer.status_code == 200, answer.read()
             return [line for line in answer.iter_lines() if line]
 
     def jobs(self) -> dict[str, str]:
         """Give the state of each job that the queen knows."""
-        listed = httpx.get(f"{self.url}/v1/jobs", headers=self.auth).json()["jobs"]
+        listed = self.get("/v1/jobs").json()["jobs"]
         return {job["job_id"]: job["state"] for job in listed}
+
+    def get(self, path: str, auth: dict[str, str] | None = None) -> httpx.Response:
+        """Ask the queen, with the cluster's token unless another one is given."""
+        headers = self.auth if auth is None else auth
+        return httpx.get(f"{self.url}{path}", headers=headers, timeout=PATIENCE_S)
+
+    def until_model_is_served(self) -> None:
+        """Wait until the queen has heard of the worker: docker may know of its health before."""
+
+        def is_served() -> bool:
+            return any(model["state"] == "ready" for model in self.get("/v1/models").json()["data"])
+
+        until(is_served, "the queen knows of the ready worker", PATIENCE_S)
 
     def mine(self) -> dict[str, docker.models.containers.Container]:
         """Give the project's containers, ended ones too, by service."""
@@ -234,12 +257,6 @@ class Stack:
             all=True, filters={"label": f"com.docker.compose.project={self.project}"}
         )
         return {container.labels["com.docker.compose.service"]: container for container in found}
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -252,12 +269,14 @@ def stack(
     settings = {
         "COMPOSE_PROJECT_NAME": f"rbee-test-{uuid.uuid4().hex[:8]}",
         "RBEE_TAG": TAG,
-        "RBEE_PORT": str(free_port()),
+        "RBEE_PORT": str(unused_port()),
     }
     file = tmp_path_factory.mktemp("compose") / "settings"
     file.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
     with DockerCompose(REPOSITORY, env_file=str(file)) as compose:
-        yield Stack(compose, settings, engine)
+        stack = Stack(compose, settings, engine)
+        stack.until_model_is_served()
+        yield stack
     label = {"label": f"com.docker.compose.project={settings['COMPOSE_PROJECT_NAME']}"}
     assert engine.containers.list(all=True, filters=label) == []
     assert engine.volumes.list(filters=label) == []
@@ -265,14 +284,17 @@ def stack(
 
 
 def test_it_comes_up_healthy_and_answers_a_streamed_chat(stack: Stack) -> None:
-    mine = stack.mine()
-    states = {name: container.attrs["State"] for name, container in mine.items()}
-    assert {name: state.get("Health", {}).get("Status") for name, state in states.items()} == {
-        "token": None,
-        "queen": "healthy",
-        "hive": "healthy",
-    }
-    assert (states["token"]["Status"], states["token"]["ExitCode"]) == ("exited", 0)
+    def states() -> dict[str, Any]:
+        return {name: container.attrs["State"] for name, container in stack.mine().items()}
+
+    healthy = {"token": None, "queen": "healthy", "hive": "healthy"}
+    until(
+        lambda: {name: state.get("Health", {}).get("Status") for name, state in states().items()} == healthy,
+        "all of it is healthy",
+        PATIENCE_S,
+    )
+    token = states()["token"]
+    assert (token["Status"], token["ExitCode"]) == ("exited", 0)
 
     *chunks, last = (line.removeprefix("data: ") for line in stack.chat())
 
@@ -285,9 +307,9 @@ def test_it_comes_up_healthy_and_answers_a_streamed_chat(stack: Stack) -> None:
 
 
 def test_nothing_is_answered_without_the_token(stack: Stack) -> None:
-    assert httpx.get(f"{stack.url}/v1/models").status_code == 401
-    assert httpx.get(f"{stack.url}/v1/models", headers={"Authorization": "Bearer no"}).status_code == 401
-    listed = httpx.get(f"{stack.url}/v1/models", headers=stack.auth).json()["data"]
+    assert stack.get("/v1/models", auth={}).status_code == 401
+    assert stack.get("/v1/models", auth={"Authorization": "Bearer no"}).status_code == 401
+    listed = stack.get("/v1/models").json()["data"]
     assert [model["id"] for model in listed] == ["rbee-tiny"]
 
 
@@ -328,11 +350,17 @@ def test_what_was_kept_is_there_after_a_stop_in_order(stack: Stack) -> None:
     assert {name: state["ExitCode"] for name, state in ended.items()} == {"token": 0, "queen": 0, "hive": 0}
     assert not any(state["OOMKilled"] for state in ended.values())
     # Each container that runs has a process on the machine that names it.
-    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert not any(str(container.id) in running for container in stack.mine().values())
+    ids = [str(container.id) for container in stack.mine().values()]
+
+    def are_gone() -> bool:
+        running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+        return not any(each in running for each in ids)
+
+    until(are_gone, "no process of the containers is left", PATIENCE_S)
 
     stack.example("compose-up")
     assert stack.jobs() == jobs
     assert stack.auth == auth
     assert stack.exec("hive", "ls", "/models").split() == ["kept"]
+    stack.until_model_is_served()
     assert stack.chat()[-1] == "data: [DONE]"

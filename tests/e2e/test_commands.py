@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,12 +11,25 @@ from pathlib import Path
 
 import pytest
 from hub_server import running_hub
+from rbee_ports import HeldPort
 from rbee_processes import BIN, MARKER, REPOSITORY, Cluster, marked_processes, until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
 EXPECTED = "it starts when somebody reads it, every event in it has a number"
 PROMPT = "A job is an event stream:"
+
+
+@pytest.fixture
+def queen_port() -> Iterator[HeldPort]:
+    with HeldPort() as port:
+        yield port
+
+
+@pytest.fixture
+def hive_port() -> Iterator[HeldPort]:
+    with HeldPort() as port:
+        yield port
 
 
 @pytest.fixture
@@ -36,12 +48,6 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PATH": path, "COLUMNS": "200"} | more
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_make_demo(marker: str) -> None:
     """The demo ends by itself, its tokens continue the docs' sentence, and one id is in every hop's log."""
     done = subprocess.run(
@@ -50,7 +56,7 @@ def test_make_demo(marker: str) -> None:
         env=environment(**{MARKER: marker}),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=800,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -69,9 +75,9 @@ def test_make_demo(marker: str) -> None:
     assert marked_processes(marker) == []
 
 
-def test_ctrl_c_of_rbee_up_leaves_no_process(marker: str, tmp_path: Path) -> None:
-    queen_port, hive_port = free_port(), free_port()
-    queen = f"http://127.0.0.1:{queen_port}"
+def test_ctrl_c_of_rbee_up_leaves_no_process(
+    marker: str, queen_port: HeldPort, hive_port: HeldPort, tmp_path: Path
+) -> None:
     command = ["rbee", "up", "--model", "rbee-tiny", "--models-dir", str(REPOSITORY / "models")]
     command += ["--queen-port", str(queen_port), "--hive-port", str(hive_port)]
     output = tmp_path / "up.log"
@@ -84,14 +90,24 @@ def test_ctrl_c_of_rbee_up_leaves_no_process(marker: str, tmp_path: Path) -> Non
             start_new_session=True,
         )
     try:
-        until(lambda: "Ready." in output.read_text() or up.poll() is not None, "rbee up is ready", 120)
-        infer = ["rbee", "infer", "--queen", queen, "--model", "rbee-tiny", "--temperature", "0", PROMPT]
-        answer = subprocess.run(infer, env=environment(), capture_output=True, text=True, timeout=60)
+        until(lambda: "Ready." in output.read_text() or up.poll() is not None, "rbee up is ready", 600)
+        infer = [
+            "rbee",
+            "infer",
+            "--queen",
+            queen_port.url,
+            "--model",
+            "rbee-tiny",
+            "--temperature",
+            "0",
+            PROMPT,
+        ]
+        answer = subprocess.run(infer, env=environment(), capture_output=True, text=True, timeout=300)
         assert (answer.returncode, EXPECTED in answer.stdout) == (0, True), output.read_text() + answer.stderr
         assert len(marked_processes(marker)) >= 4
     finally:
         os.killpg(up.pid, signal.SIGINT)
-        code = up.wait(60)
+        code = up.wait(180)
 
     assert code in (0, 130)
     assert marked_processes(marker) == [], output.read_text()
@@ -105,6 +121,13 @@ def commands_of(name: str) -> list[str]:
 
 
 def run(cluster: Cluster, command: str, **ids: str) -> str:
+    """Run a line of the page that must succeed; give its output."""
+    done = attempt(cluster, command, **ids)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def attempt(cluster: Cluster, command: str, **ids: str) -> subprocess.CompletedProcess[str]:
     """Run a line of the page, with its addresses and ids replaced by real ones."""
     for name, value in ids.items():
         command = command.replace(name, value)
@@ -116,15 +139,14 @@ def run(cluster: Cluster, command: str, **ids: str) -> str:
         word.split("=", 1) for word in words if "=" in word.split("://")[0] and not word.startswith("-")
     )
     words = [word for word in words if word.split("=", 1)[0] not in variables]
-    done = subprocess.run(
+    return subprocess.run(
         words,
         env=environment(RBEE_QUEEN_URL=cluster.queen.url) | variables,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
+        check=False,
     )
-    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-    return done.stdout + done.stderr
 
 
 def test_the_commands_of_the_getting_started_page(cluster: Cluster) -> None:
@@ -144,15 +166,9 @@ def test_the_commands_of_the_getting_started_page(cluster: Cluster) -> None:
     run(cluster, stop, WORKER_ID=worker_id)
     assert worker_id not in run(cluster, listing)
 
-    long = {
-        "operation": "infer",
-        "model": "rbee-tiny",
-        "prompt": PROMPT,
-        "max_tokens": 1900,
-        "ignore_eos": True,
-    }
     job_list, show, follow, cancel = commands_of("jobs")
-    job_id = cluster.submit(long, Prefer="respond-async")
+    # It waits for its first reader, so it has not ended however long the command takes to begin.
+    job_id = cluster.submit({"operation": "infer", "model": "rbee-tiny", "prompt": PROMPT})
     run(cluster, cancel, JOB_ID=job_id)
     assert job_id in run(cluster, job_list)
     assert "cancelled" in run(cluster, show, JOB_ID=job_id)
@@ -179,5 +195,8 @@ def test_the_commands_for_models_and_machines(tmp_path: Path, monkeypatch: pytes
             assert "org/name" not in run(cluster, listing)
             for command in commands_of("machines"):
                 # Each fails where its exit status is not 0.
-                said = run(cluster, command)
-                assert cluster.hive_id in said or command.endswith("check"), command
+                if command.endswith("check"):
+                    # What does not answer within a few seconds is told as a failure, on a busy machine too.
+                    until(lambda: attempt(cluster, command).returncode == 0, f"{command} finds all in order")  # noqa: B023
+                else:
+                    assert cluster.hive_id in run(cluster, command), command

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 from rbee_processes import REPOSITORY, Cluster, stream
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 RUNNABLE = {"bash", "sh", "python", "javascript"}
@@ -91,7 +91,7 @@ def run(cluster: Cluster, name: str, tmp_path: Path, *args: str, **environ: str)
         env=os.environ | environ,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -140,7 +140,7 @@ def test_the_backup_of_a_running_queen(cluster: Cluster, tmp_path: Path) -> None
     state = tmp_path / ".local/state/rbee"
     state.mkdir(parents=True)
     port = cluster.queen.url.rpartition(":")[2]
-    (state / "queen-7833").symlink_to(Path(os.environ["XDG_STATE_HOME"]) / f"rbee/queen-{port}")
+    (state / "queen-7833").symlink_to(cluster.folder / f"q/queen-{port}")
     run(cluster, "backup", tmp_path, HOME=str(tmp_path))
 
     with contextlib.closing(sqlite3.connect(tmp_path / "queen-backup.db")) as backup:

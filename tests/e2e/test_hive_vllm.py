@@ -15,9 +15,9 @@ from rbee_collector import Collector, SpanSeen, collector, tree
 from rbee_processes import MODELS, Cluster, Service, is_alive, stream, text_of, title_of, until
 from rbee_restarts import Reader
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
-WORKER_S = 180.0
+WORKER_S = 600.0
 """For a real engine to load on a machine that has other things to do."""
 
 
@@ -79,11 +79,11 @@ def test_a_stream_goes_on_when_the_hive_is_killed(cluster: Cluster, worker: dict
     pid = info_of(cluster, worker["worker_id"])["pid"]
     reader = Reader(cluster.queen.url, cluster.submit(operation))
     with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(reader.read, 150)
-        until(lambda: len(reader.events) > 20, "the stream is under way", 60)
+        result = pool.submit(reader.read)
+        until(lambda: len(reader.events) > 20 or reader.done, "the stream is under way", 120)
         cluster.hive.kill()
         cluster.restart_hive(cluster.hive.url.rpartition(":")[2])
-        result.result(160)
+        result.result(300)
 
     assert text_of(reader.events) == expected
     assert reader.events[-1]["action"] == "execute_complete"
@@ -102,14 +102,14 @@ def test_one_trace_has_the_spans_of_all_services_and_of_the_engine(
         cluster.events(infer(prompt=prompt, max_tokens=4), **headers)
     else:
         body = {"model": "rbee-tiny", "prompt": prompt, "max_tokens": 4}
-        answer = httpx.post(f"{cluster.queen.url}/v1/completions", json=body, headers=headers, timeout=45)
+        answer = httpx.post(f"{cluster.queen.url}/v1/completions", json=body, headers=headers, timeout=120)
         assert answer.status_code == 200
 
     def six() -> list[SpanSeen] | None:
         found = [span for span in taken.spans() if span.trace_id == trace_id]
         return found if len(found) >= 6 else None
 
-    spans = until(six, "there are six spans", 60)
+    spans = until(six, "there are six spans", 120)
 
     assert tree(spans) == [
         f"rbee-queen: job {operation}",
@@ -129,25 +129,25 @@ def test_the_engines_processes_are_known_by_the_workers_nonce(
     cluster: Cluster, worker: dict[str, Any]
 ) -> None:
     """vLLM's processes give themselves titles, which must not hide what they inherited."""
-    until(lambda: info_of(cluster, worker["worker_id"])["state"] == "ready", "it is ready", 60)
+    until(lambda: info_of(cluster, worker["worker_id"])["state"] == "ready", "it is ready", WORKER_S)
     pid = info_of(cluster, worker["worker_id"])["pid"]
-    family = {p.pid for p in psutil.Process(pid).children(recursive=True)}
+    family = psutil.Process(pid).children(recursive=True)
     listed = cluster.run({"operation": "worker_process_list"}, cluster.hive.url)["processes"]
     kinds = {process["pid"]: process["kind"] for process in listed}
 
     assert kinds[pid] == "worker"
-    cores = [p for p in psutil.Process(pid).children() if "EngineCore" in title_of(p)]
-    assert cores
-    assert {pid: kinds.get(pid) for pid in family} == dict.fromkeys(family, "engine")
+    assert [p for p in family if "EngineCore" in title_of(p)]
+    # One that has ended between the two looks is in the first only.
+    assert {kinds.get(p.pid) for p in family if is_alive(p)} == {"engine"}
 
 
 def test_a_killed_worker_leaves_no_engine_and_is_started_again(
     cluster: Cluster, worker: dict[str, Any]
 ) -> None:
     """A SIGKILLed vLLM server leaves its engine core running; its hive ends that before it starts anew."""
-    until(lambda: info_of(cluster, worker["worker_id"])["state"] == "ready", "it is ready", 60)
+    until(lambda: info_of(cluster, worker["worker_id"])["state"] == "ready", "it is ready", WORKER_S)
     pid = info_of(cluster, worker["worker_id"])["pid"]
-    family = [p.pid for p in psutil.Process(pid).children(recursive=True)]
+    family = psutil.Process(pid).children(recursive=True)
     os.kill(pid, signal.SIGKILL)
 
     def is_back() -> bool:
@@ -156,6 +156,7 @@ def test_a_killed_worker_leaves_no_engine_and_is_started_again(
 
     until(is_back, "it serves again", WORKER_S)
     assert not any(is_alive(child) for child in family)
+    cluster.until_seen(worker["worker_id"], "ready")
     with stream(cluster.queen.url, cluster.submit(infer(max_tokens=3))) as frames:
         assert [event for _, event in frames][-1]["action"] == "execute_complete"
 
@@ -167,12 +168,14 @@ def test_a_hive_that_is_stopped_ends_what_it_had_adopted(tmp_path: Path) -> None
     spawn = {"operation": "worker_spawn", "model": "rbee-tiny"}
     accepted = httpx.post(f"{first.url}/v1/jobs", json=spawn, headers={"Prefer": "respond-async"})
     assert accepted.status_code == 202
-    until(lambda: [e for e in first.log() if e.get("event") == "worker_started"], "its process runs")
-    (started,) = [e for e in first.log() if e.get("event") == "worker_started"]
-    until(lambda: psutil.Process(started["pid"]).children(), "its engine is being started", 60)
-    family = [started["pid"], *(p.pid for p in psutil.Process(started["pid"]).children(recursive=True))]
+    (started,) = until(
+        lambda: [e for e in first.log() if e.get("event") == "worker_started"], "its process runs"
+    )
+    worker = psutil.Process(started["pid"])
+    until(worker.children, "its engine is being started", WORKER_S)
+    family = [worker, *worker.children(recursive=True)]
     first.kill()
     second = Service("rbee-hive", args, tmp_path / "2.log", str(tmp_path))
-    assert second.terminate(timeout_s=60) == 0
+    assert second.terminate() == 0
 
-    until(lambda: not any(is_alive(pid) for pid in family), "no process of the engine is left")
+    until(lambda: not any(is_alive(process) for process in family), "no process of the engine is left")

@@ -12,7 +12,7 @@ import pytest
 from rbee_many_hives import FakeHive, fake_hives
 from rbee_processes import BIN, Cluster, stream, text_of, until
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(600)
 
 MODEL = "rbee-tiny"
 PROMPT = "heffalump zanzibar quixotic"
@@ -43,7 +43,7 @@ def told(found: dict[str, Any]) -> list[tuple[str, str]]:
 def rbee(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"RBEE_QUEEN_URL": cluster.queen.url, "NO_COLOR": "1", "COLUMNS": "200"}
     return subprocess.run(
-        [BIN / "rbee", *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [BIN / "rbee", *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -119,6 +119,7 @@ def test_the_lines_of_a_worker_that_is_gone_are_found(cluster: Cluster) -> None:
         psutil.Process(doomed["pid"]).kill()
         assert [event for _, event in frames][-1]["action"] == "execute_error"
     cluster.run({"operation": "worker_stop", "worker_id": doomed["worker_id"], "grace_s": 0})
+    cluster.until_seen(doomed["worker_id"], None)
     left = cluster.run({"operation": "worker_list", "hive_id": "box1"})["workers"]
     assert [worker["worker_id"] for worker in left] == [first["worker_id"]]
     found = search(cluster, "logs-5")
@@ -178,7 +179,7 @@ def test_a_hive_that_cannot_be_asked_is_named_and_takes_nothing_from_the_rest(cl
     with fake_hives(gone):
         httpx.post(f"{cluster.queen.url}/v1/hive/ready", json=gone.announcement)
         until(lambda: _state(cluster, "gone-box") == "online", "it is there")
-    until(lambda: _state(cluster, "gone-box") in ("unreachable", "lost"), "it is gone", 60)
+    until(lambda: _state(cluster, "gone-box") in ("unreachable", "lost"), "it is gone", 120)
     found = search(cluster, "logs-9")
 
     assert list(found["silent"]) == ["gone-box"]

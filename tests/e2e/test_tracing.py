@@ -2,9 +2,9 @@
 
 import re
 import signal
-import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,21 @@ import httpx
 import psutil
 import pytest
 from rbee_collector import Collector, SpanSeen, collector, tree
+from rbee_ports import HeldPort
 from rbee_processes import Cluster, stream, until
 from rbee_restarts import Reader, RestartableCluster, read_through_a_kill
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 CALLER = "00f067aa0ba902b7"
 TRACEPARENT = f"00-{TRACE}-{CALLER}-01"
 
-SIM = ("--sim-step-ms", "2")
+SIM = ("--sim-step-ms", "10")
+
+OUTLASTS = {"max_tokens": 1500, "ignore_eos": True, "resume_window_s": 120}
+"""Of an answer that takes fifteen seconds: also a busy machine kills a service in its midst."""
+
 ONE_TRACE = [
     "rbee-queen: job infer",
     "  rbee-queen: attempt infer",
@@ -169,8 +174,11 @@ def test_another_try_is_another_span(cluster: Cluster, taken: Collector) -> None
         psutil.Process(doomed["pid"]).kill()
         assert [event for _, event in frames][-1]["action"] == "execute_complete"
     cluster.run({"operation": "worker_stop", "worker_id": doomed["worker_id"], "grace_s": 0})
-    until(lambda: _tries(taken.spans("trace-5")) == [0, 1], "two tries")
+    cluster.until_seen(doomed["worker_id"], None)
+    # A job's span ends after those of its tries, and may come after them.
+    until(lambda: "job infer" in {s.name for s in taken.spans("trace-5") if s.service == "rbee-queen"}, "all")
     spans = taken.spans("trace-5")
+    assert _tries(spans) == [0, 1]
 
     failed = [s for s in spans if (s.service, s.name) == ("rbee-queen", "attempt infer") and s.is_error]
     assert [span.attributes["error.type"] for span in failed] == ["worker_lost"]
@@ -213,9 +221,8 @@ def test_nothing_that_was_asked_or_said_is_in_a_span(cluster: Cluster, taken: Co
 def test_a_restarted_hive_goes_on_with_its_spans(how: str, cluster: Cluster, taken: Collector) -> None:
     """Its worker's job tells the trace, and its own job's id the spans above and below."""
     cluster.run(infer())  # it has ended by then, and its spans are sent
-    tokens = 1500
     name = f"trace-8-{how[:6]}"
-    job_id = cluster.submit(infer(max_tokens=tokens, ignore_eos=True), **{"X-Correlation-ID": name})
+    job_id = cluster.submit(infer(**OUTLASTS), **{"X-Correlation-ID": name})
     with stream(cluster.queen.url, job_id) as frames:
         for _ in range(30):
             next(frames)
@@ -239,9 +246,8 @@ def test_a_restarted_queen_goes_on_with_its_spans_in_its_callers_trace(
     monkeypatch.setenv("RBEE_OTLP_ENDPOINT", taken.url)
     headers = {"X-Correlation-ID": "trace-9", "traceparent": f"00-{'e' * 32}-{CALLER}-01"}
     with RestartableCluster(tmp_path, engine="sim") as cluster:
-        cluster.spawn(MODEL, "--sim-step-ms", "4")
-        operation = infer(max_tokens=1500, ignore_eos=True)
-        reader = Reader(cluster.queen.url, cluster.submit(operation, **headers))
+        cluster.spawn(MODEL, *SIM)
+        reader = Reader(cluster.queen.url, cluster.submit(infer(**OUTLASTS), **headers))
         read_through_a_kill(cluster, [reader], 1.0)
         assert reader.events[-1]["action"] == "execute_complete"
         spans = trace_of(taken, "trace-9", 5)
@@ -256,19 +262,14 @@ def test_a_restarted_queen_goes_on_with_its_spans_in_its_callers_trace(
 # --- without a collector -----------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def test_a_collector_that_is_not_there_costs_one_warning(tmp_path: Path) -> None:
-    option = ("--otlp-endpoint", f"http://127.0.0.1:{free_port()}")
-    with Cluster(tmp_path, engine="sim", queen_args=option, hive_args=option) as cluster:
+    with HeldPort() as nobody, ExitStack() as stack:
+        option = ("--otlp-endpoint", nobody.url)
+        cluster = stack.enter_context(Cluster(tmp_path, engine="sim", queen_args=option, hive_args=option))
         cluster.spawn(MODEL, *SIM)
         for _ in range(5):
             assert cluster.events(infer())[-1]["action"] == "execute_complete"
-        warned = until(lambda: _warnings(cluster), "the queen warns")
+        warned = until(lambda: _warnings(cluster), "the queen warns", 120)
         for _ in range(5):
             assert cluster.events(infer())[-1]["action"] == "execute_complete"
         begun = time.monotonic()
@@ -278,7 +279,7 @@ def test_a_collector_that_is_not_there_costs_one_warning(tmp_path: Path) -> None
     assert len(_warnings(cluster)) == 1
     assert warned[0]["endpoint"] == option[1]
     assert "collector" in warned[0]["remedy"]
-    assert took_s < 20, "the queen waited for its collector"
+    assert took_s < 30, "the queen waited for its collector"
     assert not re.search(r"Traceback|opentelemetry", cluster.queen.log_path.read_text())
 
 
@@ -295,12 +296,7 @@ def test_without_tracing_opentelemetry_is_not_loaded_and_the_trace_goes_through(
         assert events[-1]["action"] == "execute_complete"
         children = httpx.get(f"{cluster.queen.url}/v1/jobs/{job_id}").json()["children"]
         at_hive = httpx.get(f"{cluster.hive.url}/v1/jobs/{children[0]}").json()
-        loaded = [
-            mapped.path
-            for process in cluster.processes()
-            for mapped in process.memory_maps(grouped=False)
-            if "opentelemetry" in mapped.path or "google/_upb" in mapped.path
-        ]
+        maps = "".join(Path(f"/proc/{process.pid}/maps").read_text() for process in cluster.processes())
 
     assert at_hive["traceparent"] == TRACEPARENT
-    assert loaded == []
+    assert not re.search("opentelemetry|google/_upb", maps)

@@ -10,10 +10,10 @@ import pytest
 from rbee_processes import BIN, until
 from rbee_restarts import RestartableCluster
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
-TOKENS = 150
-STEP_MS = 40
+TOKENS = 200
+STEP_MS = 80
 
 
 class Command:
@@ -60,13 +60,13 @@ def test_the_loss_of_the_queen_is_said_at_once_and_its_return_too(
     command = infer(cluster, tmp_path)
     url = cluster.queen.url
 
-    cluster.kill_queen()
-    until(lambda: command.said, "the loss is said")
-    lost = command.said
-    cluster.start_queen()
-    status = command.process.wait(90)
+    lost = [f"The connection to {url} was lost. Reconnecting …"]
 
-    assert lost == [f"The connection to {url} was lost. Reconnecting …"]
+    cluster.kill_queen()
+    until(lambda: command.said == lost, "the loss is said")
+    cluster.start_queen()
+    status = command.process.wait(240)
+
     assert status == 0
     assert command.said == [*lost, f"Connected to {url} again."]
     assert len(command.output.split()) == TOKENS
@@ -80,7 +80,7 @@ def test_ctrl_c_without_a_queen_says_that_the_job_may_go_on(
     until(lambda: command.said, "the loss is said")
 
     command.process.send_signal(signal.SIGINT)
-    status = command.process.wait(60)
+    status = command.process.wait(180)
 
     assert status == 130
     assert "could not be cancelled; it may go on. Stop it: rbee job cancel job-" in command.said[-1]

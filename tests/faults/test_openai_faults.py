@@ -12,7 +12,7 @@ import openai
 import pytest
 from rbee_processes import Cluster, until
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 TOKEN = "a-token-of-this-cluster"
 SAY: Any = [{"role": "user", "content": "one two three"}]
@@ -93,8 +93,11 @@ def test_a_client_that_leaves_ends_the_jobs_of_all_hops(cluster: Cluster, worker
 
         until(lambda: job_of(cluster, job_id)["state"] == "cancelled", "the queen's job is cancelled")
         (child,) = job_of(cluster, job_id)["children"]
-        at_hive = httpx.get(f"{cluster.hive.url}/v1/jobs/{child}", headers=cluster.auth).json()
-        assert at_hive["state"] == "cancelled"
+        at_hive = f"{cluster.hive.url}/v1/jobs/{child}"
+        until(
+            lambda: httpx.get(at_hive, headers=cluster.auth).json()["state"] == "cancelled",
+            "the hive's job is cancelled",
+        )
         until(lambda: workers(cluster)[0]["running"] == 0, "the engine is free")
 
 
@@ -117,7 +120,7 @@ def test_a_worker_killed_in_mid_stream_is_an_error_that_the_client_raises(
 def test_the_same_over_the_wire_ends_with_done(cluster: Cluster, worker: dict[str, Any]) -> None:
     body = {"model": "m", "messages": SAY, "max_tokens": 10_000, "ignore_eos": True, "stream": True}
     url = f"{cluster.queen.url}/v1/chat/completions"
-    with httpx.stream("POST", url, json=body, headers=cluster.auth, timeout=60) as answer:
+    with httpx.stream("POST", url, json=body, headers=cluster.auth, timeout=90) as answer:
         lines = answer.iter_lines()
         for _ in range(10):
             next(lines)
@@ -146,7 +149,9 @@ def test_streams_at_once_never_mix(cluster: Cluster, worker: dict[str, Any]) -> 
 
 
 def test_a_queen_that_stops_lets_running_requests_end(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with Cluster(tmp_path_factory.mktemp("draining"), engine="sim", token=TOKEN) as cluster:
+    patient = ["--drain-timeout-s", "300"]
+    folder = tmp_path_factory.mktemp("draining")
+    with Cluster(folder, engine="sim", queen_args=patient, token=TOKEN) as cluster:
         cluster.spawn("m", "--sim-step-ms", "20")
         with client_of(cluster) as client:
             stream = client.chat.completions.create(
@@ -165,9 +170,9 @@ def test_a_queen_that_is_killed_cuts_a_stream_without_done(tmp_path_factory: pyt
         had: list[bytes] = []
 
         def read_and_kill() -> None:
-            body = {"model": "m", "messages": SAY, "max_tokens": 10_000, "stream": True}
+            body = {"model": "m", "messages": SAY, "max_tokens": 10_000, "ignore_eos": True, "stream": True}
             url = f"{cluster.queen.url}/v1/chat/completions"
-            with httpx.stream("POST", url, json=body, headers=cluster.auth, timeout=60) as answer:
+            with httpx.stream("POST", url, json=body, headers=cluster.auth, timeout=90) as answer:
                 for piece in answer.iter_raw():
                     had.append(piece)
                     cluster.queen.kill()

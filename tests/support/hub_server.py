@@ -13,7 +13,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -42,6 +42,8 @@ class Fault:
     after: int = 0
     status: int = 500
     headers: Mapping[str, str] = field(default_factory=dict)
+    go_on: threading.Event | None = None
+    """Set once the hub is told to go on after the request came."""
 
 
 @dataclass
@@ -138,16 +140,17 @@ class Hub:
         self.go_on()
 
     def go_on(self) -> None:
-        """Let every body that is held go on."""
-        self._go_on.set()
-        self._go_on = threading.Event()
+        """Let every body that is held go on, and those of which it is decided already."""
+        with self._lock:
+            self._go_on.set()
+            self._go_on = threading.Event()
 
-    def hold(self) -> None:
+    def hold(self, fault: Fault) -> None:
         """Keep one answer where it is until the hub is told to go on, or closes."""
-        event = self._go_on
         with self._lock:
             self.held += 1
-        event.wait(120)
+        assert fault.go_on is not None
+        fault.go_on.wait(120)
 
     def take(self, kinds: tuple[Kind, ...], path: str) -> Fault | None:
         """Give what goes wrong with this request, and count it."""
@@ -159,7 +162,7 @@ class Hub:
                         continue
                     if fault.times is not None:
                         fault.times -= 1
-                    return fault
+                    return replace(fault, go_on=self._go_on)
         return None
 
     def bodies(self, path: str) -> list[Asked]:
@@ -411,7 +414,7 @@ class _Handler(BaseHTTPRequestHandler):
         cut = min(start + fault.after, end)
         self._send(data[start:cut])
         if fault.kind == "hold":
-            self._hub.hold()
+            self._hub.hold(fault)
             self._send(data[cut:end])
         else:
             if fault.kind == "reset":
@@ -424,8 +427,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         for begin in range(0, len(body), PIECE_BYTES):
             piece = body[begin : begin + PIECE_BYTES]
-            self.wfile.write(piece)
+            # Counted before: who has got the last piece looks at once how much was sent.
             self._asked.sent += len(piece)
+            self.wfile.write(piece)
 
 
 def _sibling(path: str, data: bytes) -> dict[str, Any]:

@@ -6,8 +6,6 @@ of order is seen by its content.
 
 import itertools
 import json
-import random
-import socket
 import threading
 import time
 import uuid
@@ -22,7 +20,7 @@ import httpx
 from docker.errors import APIError
 from docker.models.containers import Container
 from docker.types import IPAMConfig, IPAMPool
-from rbee_containers import LABEL
+from rbee_containers import LABEL, unused_port
 from rbee_processes import stream, text_of, until
 from rbee_restarts import Reader
 
@@ -47,12 +45,14 @@ SILENT = ("--sim-step-ms", "3600000")
 
 TERMINAL = ("execute_complete", "execute_error", "execute_cancelled", "execute_timeout")
 
+READ_LIMIT_S = 240.0
+"""For a stream to come to its end."""
+
+RETURN_LIMIT_S = 120
+"""What a job gives its reader to come back: a busy machine may keep a client from it for longer than 5 s."""
+
 STOP_LIMIT_S = 90
 """What the engine gives a service to stop until it is killed; more than any service here drains."""
-
-UNUSED_PORTS = (20_000, 30_000)
-"""Where a port for the queen is looked for. No connection begins at one of them, so it stays free while the
-queen's container is down."""
 
 HIVE_JOBS = """
 import os, sys, urllib.request
@@ -109,7 +109,7 @@ class JobStream(Reader):
 
     def until_end(self) -> Self:
         assert self.reading is not None
-        self.reading.result(150)
+        self.reading.result(READ_LIMIT_S + 10)
         return self
 
     def check_order(self) -> None:
@@ -189,7 +189,7 @@ class ChatStream:
 
     def until_end(self) -> Self:
         assert self.reading is not None
-        self.reading.result(150)
+        self.reading.result(READ_LIMIT_S + 10)
         return self
 
     @property
@@ -256,7 +256,7 @@ class ContainerCluster:
             self._network = self._private_network()
             state = engine.volumes.create(f"{self._name}-queen", labels=self._labels)
             self._closing.append(state)
-            port = _unused_port()
+            port = unused_port()
             self.url = f"http://127.0.0.1:{port}"
             self.queen = self._start(
                 "queen",
@@ -438,6 +438,7 @@ class ContainerCluster:
             "prompt": f"prompt {next(self._prompts)}",
             "max_tokens": tokens,
             "ignore_eos": True,
+            "resume_window_s": RETURN_LIMIT_S,
         } | fields
 
     def ask(self, tokens: int, model: str = TALK, **fields: Any) -> JobStream:
@@ -448,7 +449,7 @@ class ContainerCluster:
     def follow(self, job_id: str, operation: dict[str, Any]) -> JobStream:
         """Read the job of an inference beside the test."""
         asked = JobStream(self, job_id, operation["prompt"], operation["max_tokens"])
-        asked.reading = self._pool.submit(asked.read, 150.0)
+        asked.reading = self._pool.submit(asked.read, READ_LIMIT_S)
         return asked
 
     def new_chat(self, tokens: int) -> ChatStream:
@@ -539,17 +540,6 @@ def _kind(command: str) -> str:
         if kind in command:
             return kind
     return command
-
-
-def _unused_port() -> int:
-    while True:
-        port = random.randint(*UNUSED_PORTS)
-        with socket.socket() as tried:
-            try:
-                tried.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def by_hive(

@@ -5,7 +5,9 @@ What a test starts carries the label `LABEL`, so that whatever is left of it can
 
 import fcntl
 import os
+import random
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +25,14 @@ TAG = "test"
 LABEL = "rbee.test"
 """On every container, network and volume of a test; its value is the run's id."""
 
-BUILD_LIMIT_S = 900.0
+BUILD_LIMIT_S = 2400.0
+"""For a new machine, which has to fetch and compile all packages, beside other tests."""
 
-ENGINE_LIMIT_S = 60.0
+ENGINE_LIMIT_S = 300.0
+"""For one request to the engine. Making a container copies files, and a busy disk takes its time."""
+
+UNUSED_PORTS = (20_000, 30_000)
+"""No connection begins at one of them, so a port from here stays free while its container is down."""
 
 
 def find_engine() -> docker.DockerClient:
@@ -52,7 +59,7 @@ def _missing() -> str | None:
     return None
 
 
-def run(*command: str | Path, timeout_s: float = 120.0, environ: Mapping[str, str] | None = None) -> str:
+def run(*command: str | Path, timeout_s: float = 300.0, environ: Mapping[str, str] | None = None) -> str:
     """Run a command in the repository and give its output; fail with all that it said."""
     done = subprocess.run(
         [str(word) for word in command],
@@ -68,6 +75,18 @@ def run(*command: str | Path, timeout_s: float = 120.0, environ: Mapping[str, st
     )
     assert done.returncode == 0, f"status {done.returncode} of {' '.join(map(str, command))}:\n{done.stdout}"
     return done.stdout
+
+
+def unused_port() -> int:
+    """Give a port of 127.0.0.1 for a container that is stopped and started again."""
+    while True:
+        port = random.SystemRandom().randint(*UNUSED_PORTS)  # `random` is seeded anew for each test
+        with socket.socket() as tried:
+            try:
+                tried.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def build(target: str, *options: str, tag: str | None = None) -> str:

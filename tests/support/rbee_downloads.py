@@ -1,7 +1,7 @@
 """The hive's downloads in this process, against a hub on this machine."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ from rbee_hive.models.names import parse_model
 from rbee_hive.models.transfer import Outcome, SourceChoice, Want
 
 IMPATIENT = Patience(
-    connect_s=10,
-    read_s=20,
-    list_s=20,
+    connect_s=60,
+    read_s=60,
+    list_s=60,
     list_attempts=3,
     file_attempts=3,
     backoff_first_s=0.01,
     backoff_max_s=0.02,
     retry_after_max_s=5,
 )
+"""Tries again at once. It waits long for every answer: whoever gives it may be stopped on a busy machine."""
 
 
 class Told:
@@ -78,8 +79,13 @@ class Store:
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
     def partial_size(self, model: str = "org/tiny") -> int:
-        folder = self.downloads._staging.folder(model).path
-        return max((path.stat().st_size for path in folder.glob("*.part")), default=0)
+        """Give the bytes of the largest file that is still coming; one that is whole meanwhile is none."""
+        size = 0
+        with suppress(FileNotFoundError):
+            for path in self.downloads._staging.folder(model).path.iterdir():
+                with suppress(FileNotFoundError):
+                    size = max(size, path.stat().st_size if path.suffix == ".part" else 0)
+        return size
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -61,14 +62,14 @@ def postgres_server() -> Iterator[str]:
             _wait_for(url, server, folder / "log")
             yield url
         finally:
-            server.terminate()
-            server.wait(30)
+            server.send_signal(signal.SIGINT)  # it does not wait until its clients have left
+            server.wait(60)
     finally:
         shutil.rmtree(folder)
 
 
 def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 45
     while True:
         try:
             psycopg.connect(url).close()

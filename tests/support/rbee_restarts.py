@@ -16,21 +16,8 @@ from rbee_processes import Cluster, Service, until
 class RestartableCluster(Cluster):
     """A cluster whose queen keeps its port and its state when it is started again."""
 
-    def __init__(
-        self, folder: Path, *, engine: str, queen_args: Sequence[str] = (), token: str | None = None
-    ) -> None:
-        self._queen_args = ["--state-dir", str(folder / "q"), *queen_args]
-        self._starts = 1
-        super().__init__(folder, engine=engine, queen_args=self._queen_args, token=token)
-
     def kill_queen(self) -> None:
         self.queen.kill()
-
-    def start_queen(self) -> None:
-        port = self.queen.url.rpartition(":")[2]
-        self._starts += 1
-        log = self.folder / f"queen{self._starts}.log"
-        self.queen = Service("rbee-queen", ["--port", port, *self._queen_args], log, self.marker, self.token)
 
 
 class Reader:
@@ -44,13 +31,13 @@ class Reader:
         self.ids: list[str] = []
         self.done = False
 
-    def read(self, deadline_s: float = 120.0) -> "Reader":
+    def read(self, deadline_s: float = 240.0) -> "Reader":
         deadline = time.monotonic() + deadline_s
         while not self.done and time.monotonic() < deadline:
             headers = self.headers | ({"Last-Event-ID": self.ids[-1]} if self.ids else {})
             try:
                 with httpx.stream(
-                    "GET", f"{self.url}/v1/jobs/{self.job_id}/stream", headers=headers, timeout=30
+                    "GET", f"{self.url}/v1/jobs/{self.job_id}/stream", headers=headers, timeout=90
                 ) as response:
                     if response.status_code == 204:
                         self.done = True
@@ -82,12 +69,12 @@ def read_through_a_kill(cluster: RestartableCluster, readers: Sequence[Reader], 
     """Read all jobs to their ends, with the queen killed once all are under way, and down for a while."""
     with ThreadPoolExecutor(len(readers)) as pool:
         results = [pool.submit(reader.read) for reader in readers]
-        until(lambda: all(len(reader.events) > 30 for reader in readers), "all streams are under way", 60)
+        until(lambda: all(len(reader.events) > 30 for reader in readers), "all streams are under way", 120)
         cluster.kill_queen()
         threading.Event().wait(down_s)  # the outage itself
         cluster.start_queen()
         for result in results:
-            result.result(120)
+            result.result(300)
 
 
 class FleetCluster(RestartableCluster):
@@ -108,23 +95,22 @@ class FleetCluster(RestartableCluster):
         return hive
 
     def spawn_on(self, hive_id: str, *args: str) -> dict[str, Any]:
-        spawned: dict[str, Any] = self.run(
-            {"operation": "worker_spawn", "model": "m", "worker_args": list(args), "hive_id": hive_id}
-        )
-        return spawned
+        return self.spawn("m", *args, hive_id=hive_id)
 
     def hive_info(self, hive_id: str) -> dict[str, Any]:
         """Give what the queen knows of a hive; empty where she knows none."""
         hives = self.run({"operation": "hive_list"})["hives"]
         return next((hive for hive in hives if hive["hive_id"] == hive_id), {})
 
-    def until_state(self, hive_id: str, state: str, timeout_s: float = 60.0) -> None:
+    def until_state(self, hive_id: str, state: str, timeout_s: float = 120.0) -> None:
         until(lambda: self.hive_info(hive_id).get("state") == state, f"{hive_id} is {state}", timeout_s)
 
     def close(self) -> None:
-        for hive in self.others:
-            hive.terminate()
-        super().close()
+        try:
+            for hive in self.others:
+                hive.terminate()
+        finally:
+            super().close()
 
 
 class BackgroundReader(Reader):
@@ -141,11 +127,11 @@ class BackgroundReader(Reader):
         self._pool.shutdown(wait=exc is None, cancel_futures=True)
 
     def until_tokens(self, count: int) -> None:
-        until(lambda: len(self.tokens) >= count, f"{count} tokens have come", 60)
+        until(lambda: len(self.tokens) >= count, f"{count} tokens have come", 120)
 
     def until_end(self) -> list[dict[str, Any]]:
         """Wait for the end; give all events."""
-        self._result.result(120)
+        self._result.result(300)
         return self.events
 
     @property

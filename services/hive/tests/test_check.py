@@ -13,6 +13,7 @@ import pytest
 
 from rbee_contracts.errors import Unauthorized, Unavailable
 from rbee_contracts.nodes import Device, Finding, ServiceInfo
+from rbee_hive.check import facts as looks
 from rbee_hive.check.facts import (
     DiskFacts,
     EngineFacts,
@@ -203,7 +204,9 @@ def test_shared_memory_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("status", "expected"), [(200, None), (404, None), (503, "it answers 503")])
-async def test_a_hub_that_answers(status: int, expected: str | None) -> None:
+async def test_a_hub_that_answers(status: int, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(looks, "HUB_S", 60.0)
+
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self.send_response(status)

@@ -19,12 +19,16 @@ from rbee_hive.supervisor.process import WorkerProcess
 from rbee_hive.supervisor.processes import boot_id
 from rbee_hive.supervisor.records import Records, WorkerRecord
 
+pytestmark = pytest.mark.timeout(180)
+
 NONCE = "a-nonce-of-a-left-worker"
-STUBBORN = """
+OBEDIENT = "import os, time; print('here', os.getpid(), flush=True); time.sleep(600)"
+"""It speaks: a process that has begun only just has no environment yet to be known by."""
+
+STUBBORN = f"""
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-print("child", child.pid, flush=True)
+child = subprocess.Popen([sys.executable, "-c", {OBEDIENT!r}], start_new_session=True)
 time.sleep(600)
 """
 
@@ -32,7 +36,7 @@ time.sleep(600)
 def end_workers(cluster: Cluster) -> subprocess.CompletedProcess[str]:
     arguments = ["--config", "none", "--hive-id", "box1", "--state-dir", str(cluster.state_dir)]
     command = [str(BIN / "rbee-hive"), "end-workers", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
 
 
 def test_a_left_worker_is_ended_and_one_that_a_hive_has_is_not(tmp_path: Path) -> None:
@@ -73,12 +77,18 @@ def record(worker_id: str, boot: str, process: WorkerProcess | None) -> WorkerRe
     )
 
 
+async def started(script: str, folder: Path) -> tuple[WorkerProcess, str]:
+    """Start a worker's process that runs `script`; give it with the first line that is said."""
+    log = folder / "logs/w.log"
+    command = [sys.executable, "-c", script]
+    process = await WorkerProcess.start(command, {NONCE_VARIABLE: NONCE}, log, NONCE)
+    lines = await eventually(lambda: tail(log), "it speaks")
+    return process, lines[0]
+
+
 async def test_one_that_does_not_obey_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
-    process = await WorkerProcess.start(
-        [sys.executable, "-c", STUBBORN], {NONCE_VARIABLE: NONCE}, tmp_path / "logs/w.log", NONCE
-    )
-    lines = await eventually(lambda: tail(tmp_path / "logs/w.log"), "it speaks")
-    child = psutil.Process(int(lines[0].split()[1]))
+    process, line = await started(STUBBORN, tmp_path)
+    child = psutil.Process(int(line.split()[1]))
     records = Records(tmp_path / "workers")
     records.write(record("w1", boot_id(), process))
 
@@ -90,11 +100,8 @@ async def test_one_that_does_not_obey_is_killed_with_all_that_it_started(tmp_pat
 
 
 async def test_what_a_dead_worker_has_started_is_found_by_its_nonce_and_ended(tmp_path: Path) -> None:
-    process = await WorkerProcess.start(
-        [sys.executable, "-c", STUBBORN], {NONCE_VARIABLE: NONCE}, tmp_path / "logs/w.log", NONCE
-    )
-    lines = await eventually(lambda: tail(tmp_path / "logs/w.log"), "it speaks")
-    child = psutil.Process(int(lines[0].split()[1]))
+    process, line = await started(STUBBORN, tmp_path)
+    child = psutil.Process(int(line.split()[1]))
     psutil.Process(process.pid).kill()
     await process.wait()
     process.close()
@@ -105,12 +112,7 @@ async def test_what_a_dead_worker_has_started_is_found_by_its_nonce_and_ended(tm
 
 
 async def test_a_record_of_an_earlier_boot_names_nobody(tmp_path: Path) -> None:
-    process = await WorkerProcess.start(
-        [sys.executable, "-c", "import time; time.sleep(600)"],
-        {NONCE_VARIABLE: NONCE},
-        tmp_path / "w.log",
-        NONCE,
-    )
+    process, _ = await started(OBEDIENT, tmp_path)
     records = Records(tmp_path / "workers")
     records.write(record("w1", "an-earlier-boot", process))
 
@@ -125,12 +127,7 @@ async def test_a_record_of_an_earlier_boot_names_nobody(tmp_path: Path) -> None:
 async def test_a_record_that_cannot_be_removed_spares_no_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = await WorkerProcess.start(
-        [sys.executable, "-c", "import time; time.sleep(600)"],
-        {NONCE_VARIABLE: NONCE},
-        tmp_path / "w.log",
-        NONCE,
-    )
+    process, _ = await started(OBEDIENT, tmp_path)
     records = Records(tmp_path / "workers")
     records.write(record("w1", "an-earlier-boot", None))
     records.write(record("w2", boot_id(), process))

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from rbee_contracts.errors import WorkerLost
 from rbee_contracts.nodes import Device, WorkerInfo
+from rbee_hive import metrics as module
 from rbee_hive.metrics import (
     device_families,
     fetch_worker_metrics,
@@ -32,6 +33,12 @@ from rbee_job_server.access import AccessConfig
 pytestmark = pytest.mark.anyio
 
 TOKEN = "the-token-of-this-worker-alone"
+
+
+@pytest.fixture(autouse=True)
+def workers_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is stopped for seconds on a busy machine is none that does not answer."""
+    monkeypatch.setattr(module, "WORKER_LIMIT_S", 60.0)
 
 
 def samples_of(families: Iterable[Family]) -> dict[str, float]:

@@ -164,6 +164,8 @@ def test_extra_folders_are_listed_and_the_models_folder_wins(tmp_path: Path) -> 
 
 def test_changes_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders that changed lately are looked into; others only every few seconds, or when asked for."""
+    monkeypatch.setattr(scan, "RACY_S", 3600.0)
+    monkeypatch.setattr(scan, "DEEP_SCAN_EVERY_S", 3600.0)
     models = Models(tmp_path)
     assert models.find() == []
     path = make_model(tmp_path / "m")
@@ -291,7 +293,7 @@ async def test_a_manifest_of_a_model_that_cannot_be_read_says_so_and_does_not_tr
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(catalogue, "_digest_some", fail)
-    monkeypatch.setattr(catalogue, "SUM_WAIT_S", 2.0)
+    monkeypatch.setattr(catalogue, "SUM_WAIT_S", 60.0)
     make_model(tmp_path / "m")
     models = Models(tmp_path)
 

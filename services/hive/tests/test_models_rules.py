@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbee_contracts.errors import InvalidRequest, NoCapacity
@@ -38,6 +38,7 @@ def test_a_revision_is_part_of_the_id(model: str, revision: str | None, expected
     assert parse_model(model, revision).id == expected
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_no_text_at_all_becomes_a_path_outside(text: str) -> None:
     try:
@@ -50,6 +51,7 @@ def test_no_text_at_all_becomes_a_path_outside(text: str) -> None:
         assert ".." not in path.parts
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a", "a/b", "a/b/c", "b", "b/a", "c"]), max_size=6))
 def test_what_is_accepted_together_can_lie_in_one_folder(paths: list[str]) -> None:
     try:
@@ -184,6 +186,7 @@ def test_facts_of_a_gguf_header(tmp_path: Path) -> None:
     assert gguf_facts(path) == Facts(architecture="llama", dtype="Q4_K_M", max_model_len=8192)
 
 
+@settings(deadline=None)
 @given(st.integers(0, len(GGUF) - 1), st.binary(max_size=20))
 def test_a_gguf_header_of_any_bytes_is_read_without_a_crash(
     tmp_path_factory: pytest.TempPathFactory, cut: int, rest: bytes
@@ -208,6 +211,7 @@ def test_the_rate_is_of_the_last_seconds() -> None:
     assert meter.rate() == 0
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(0, 10**12)), max_size=30))
 def test_a_rate_is_never_negative(steps: list[tuple[float, int]]) -> None:
     meter, now, received = Meter(), 0.0, 0
@@ -233,6 +237,7 @@ def test_sizes_are_said_in_powers_of_ten(size: float, expected: str) -> None:
     assert readable(size) == expected
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(["reserve", "written", "release"]), st.integers(0, 600)), max_size=40)
 )

@@ -1,5 +1,6 @@
 """Models that a hive loads by itself, with a real hive."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import httpx
 import pytest
 from rbee_processes import MODELS, Service, marked_processes, until
 
+from rbee_contracts.access import NONCE_VARIABLE
 from rbee_contracts.errors import Unavailable
 from rbee_contracts.nodes import WorkerInfo, WorkerState
 from rbee_contracts.operations import ModelLoad
@@ -17,10 +19,19 @@ from rbee_hive.preload import Preload
 from rbee_job_server import JobServer, Submission
 from rbee_job_server.jobs import Job
 
+pytestmark = pytest.mark.timeout(180)
+
+LOADING = f"""
+import os
+if {NONCE_VARIABLE!r} in os.environ:
+    open({{gate!r}}).read()
+"""
+"""A worker that begins with this loads until somebody writes to the pipe `gate`."""
+
 
 @contextmanager
 def hive(folder: Path, *models: str, engine: str = "sim") -> Iterator[Service]:
-    marker = f"preload-{folder.name}"
+    marker = f"preload-{os.getpid()}-{folder.name}"
     args = ["--config", "none", "--port", "0", "--queen-url", "none", "--worker-engine", engine]
     args += ["--models-dir", str(MODELS), "--state-dir", str(folder / "state")]
     for model in models:
@@ -34,26 +45,30 @@ def hive(folder: Path, *models: str, engine: str = "sim") -> Iterator[Service]:
 
 
 def readiness(service: Service) -> dict[str, Any]:
-    answer = httpx.get(f"{service.url}/ready")
+    answer = httpx.get(f"{service.url}/ready", timeout=45)
     found: dict[str, Any] = answer.json()
     assert found["ready"] == (answer.status_code == 200)
     return found
 
 
-def test_a_hive_is_ready_once_what_it_preloads_has_a_worker(tmp_path: Path) -> None:
+def test_a_hive_is_ready_once_what_it_preloads_has_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    (tmp_path / "sitecustomize.py").write_text(LOADING.format(gate=str(gate)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with hive(tmp_path, "rbee-tiny", "rbee-tiny") as service:
-        reasons = set()
+        before = readiness(service)
+        gate.write_text("go on")
+        until(lambda: readiness(service)["ready"], "the hive is ready")
 
-        def is_ready() -> bool:
-            answer = readiness(service)
-            reasons.add(answer.get("reason"))
-            return bool(answer["ready"])
+        def jobs() -> list[tuple[str, str]]:
+            found = httpx.get(f"{service.url}/v1/jobs", timeout=45).json()["jobs"]
+            return [(job["operation"], job["state"]) for job in found]
 
-        until(is_ready, "the hive is ready")
-        jobs = httpx.get(f"{service.url}/v1/jobs").json()["jobs"]
-
-        assert reasons == {"rbee-tiny is being loaded", None}
-        assert [(job["operation"], job["state"]) for job in jobs] == [("model_load", "completed")]
+        assert (before["ready"], before["reason"]) == (False, "rbee-tiny is being loaded")
+        until(lambda: jobs() == [("model_load", "completed")], "its one job has ended")
 
 
 def test_a_hive_that_cannot_preload_a_model_says_why_and_what_to_do(tmp_path: Path) -> None:
@@ -64,7 +79,7 @@ def test_a_hive_that_cannot_preload_a_model_says_why_and_what_to_do(tmp_path: Pa
         assert reason.startswith("org/nowhere could not be loaded: ")
         assert "Models here: rbee-tiny." in reason
         assert reason.endswith("When that is mended: rbee model load org/nowhere")
-        assert httpx.get(f"{service.url}/health").status_code == 200
+        assert httpx.get(f"{service.url}/health", timeout=45).status_code == 200
 
 
 class Refusing:

@@ -22,11 +22,13 @@ GIB = 1 << 30
 class FakeDevices:
     def __init__(self) -> None:
         self.hangs = threading.Event()
+        self.has_hung = threading.Event()
         self.goes_on = threading.Event()
         self.count = 0
 
     def read(self) -> list[Device]:
         if self.hangs.is_set():
+            self.has_hung.set()
             self.goes_on.wait()
         self.count += 1
         processes = [DeviceProcess(pid=7, memory=3 * GIB)]
@@ -151,6 +153,7 @@ async def test_ram_is_measured_beside_the_event_loop(monkeypatch: pytest.MonkeyP
 async def test_a_device_that_hangs_delays_only_its_own_part(parts: Parts) -> None:
     await parts.telemetry.start()
     parts.devices.hangs.set()
+    until(parts.devices.has_hung.is_set, "a reading of the devices hangs")
     seen = parts.models.count
 
     until(lambda: parts.models.count >= seen + 5, "the models are read on")

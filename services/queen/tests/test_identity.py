@@ -1,7 +1,7 @@
 """Who holds a hive's id, for any order of announcements."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbee_contracts.nodes import HiveState
@@ -40,6 +40,7 @@ incarnations = st.builds(
 states: st.SearchStrategy[HiveState] = st.sampled_from(["connecting", "online", "unreachable", "lost"])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(incarnations, states), max_size=40))
 def test_an_id_never_goes_back_to_a_boot_that_was_replaced_nor_away_from_a_hive_that_is_there(
     announcements: list[tuple[Incarnation, HiveState]],

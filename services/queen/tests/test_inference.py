@@ -308,7 +308,7 @@ async def live(
                 server.submit(Submission(operation=operation, correlation_id="c", respond_async=True)).id
             )
         job = server.registry.get(job_ids[0])
-        await eventually(lambda: job.is_finished or (kill_at and kill_at()), "it has ended, or is killed", 20)
+        await eventually(lambda: job.is_finished or (kill_at and kill_at()), "it has ended, or is killed", 45)
         await journal.flushed()
         assert job.log is not None
         if job.is_finished:
@@ -357,8 +357,11 @@ async def test_a_queen_that_is_killed_between_two_attempts_goes_on_with_the_seco
     ]
 
 
-async def test_a_request_that_comes_right_after_a_start_waits_until_the_hives_are_heard() -> None:
+async def test_a_request_that_comes_right_after_a_start_waits_until_the_hives_are_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """F05: a queen that was restarted does not say that nothing runs before she has listened."""
+    monkeypatch.setattr(inference_module, "SETTLE_S", 3600.0)
     lines = Lines({"a/w1": answer})
     heard = fleet_of(lines)
     beat = heard.get("a").heartbeat

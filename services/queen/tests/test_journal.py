@@ -68,7 +68,7 @@ async def test_narration_waits_for_what_is_urgent_and_is_one_commit_with_it() ->
         await anyio.wait_all_tasks_blocked()
         before = list(store.commits)
         one.narrate("thinking", "Second.")
-        with anyio.fail_after(10):
+        with anyio.fail_after(45):
             await journal.flushed()
 
     assert before == []
@@ -89,7 +89,7 @@ async def test_the_first_output_and_the_end_wait_for_nothing(ending: str) -> Non
         else:
             one.complete(None)
         assert one.log is not None
-        with anyio.fail_after(10):
+        with anyio.fail_after(45):
             while one.log.position == (0, 0):
                 await anyio.lowlevel.checkpoint()
             while store.commits and one.log.narrations + one.log.outputs < 2:
@@ -106,7 +106,7 @@ async def test_narration_alone_is_told_after_its_wait() -> None:
         one.start()
         assert one.log is not None
         reader = one.reader(one.log.position)
-        with anyio.fail_after(10):
+        with anyio.fail_after(45):
             await reader.wait()
 
     assert store.commits == [["JobAccepted", "JobStarted", "Narrated"]]

@@ -1,6 +1,6 @@
 """Whether a hive is there: the decision of `liveness`, for any order of beats, ticks and pauses."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbee_queen.fleet.liveness import (
@@ -82,6 +82,7 @@ steps = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(steps)
 def test_what_always_holds(moves: list[tuple[float, Event]]) -> None:
     now, life = 100.0, known("b", 100.0)
@@ -116,6 +117,7 @@ def test_what_always_holds(moves: list[tuple[float, Event]]) -> None:
                     assert life.state in ("connecting", "online")
 
 
+@settings(deadline=None)
 @given(steps, st.floats(-1e6, 1e6))
 def test_only_differences_of_one_clock_count(moves: list[tuple[float, Event]], shift: float) -> None:
     """F39: whatever the clock shows, the same intervals give the same states."""

@@ -247,7 +247,7 @@ async def scenario(plan: Plan, kills: list[int]) -> None:
 )
 def test_kills_at_any_moment_lose_and_double_nothing(plan: Plan, kills: list[int]) -> None:
     with patch("anyio.to_thread.run_sync", inline):
-        asyncio.run(asyncio.wait_for(scenario(plan, kills), 20))
+        asyncio.run(asyncio.wait_for(scenario(plan, kills), 45))
 
 
 # --- a hive that is killed too, and forgets -------------------------------------------------------------
@@ -403,4 +403,4 @@ def test_a_hive_that_forgets_is_asked_again_only_for_what_had_said_nothing(
 ) -> None:
     """Every job ends; its output is never doubled, and never continued by another run."""
     with patch("anyio.to_thread.run_sync", inline):
-        asyncio.run(asyncio.wait_for(forgetting(plan, kills, restarts), 20))
+        asyncio.run(asyncio.wait_for(forgetting(plan, kills, restarts), 45))

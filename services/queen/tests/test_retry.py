@@ -1,7 +1,7 @@
 """How often the queen tries again, and what is left running when she has given something up."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbee_queen.fleet.reconcile import SentStep, strays
@@ -36,6 +36,7 @@ def test_a_lost_hive_of_a_small_cluster_is_within_the_reserve_and_a_storm_is_not
     assert withdrawn(budget, 0.0) is not None
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 5), st.sampled_from(["request", "retry"])), max_size=300))
 def test_retries_never_exceed_their_share_of_the_requests_and_the_reserve(
     moves: list[tuple[float, str]],

@@ -3,7 +3,7 @@
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbee_contracts.events import Decision
@@ -96,6 +96,7 @@ blames = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(
     st.lists(views, max_size=8, unique_by=lambda view: (view.hive_id, view.worker_id)),
     st.lists(blames, max_size=2),

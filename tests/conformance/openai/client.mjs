@@ -35,7 +35,7 @@ const bad = await failure(client.chat.completions.create({ ...ask, temperature: 
 told.bad = { status: bad.status, param: bad.param };
 
 const { data: stream, response } = await client.chat.completions
-  .create({ ...ask, temperature: 1, max_tokens: 1900, n: 8, ignore_eos: true, stream: true })
+  .create({ ...ask, temperature: 1, max_tokens: 1900, n: 32, ignore_eos: true, stream: true })
   .withResponse();
 told.left = response.headers.get("x-job-id");
 for await (const _ of stream) break;

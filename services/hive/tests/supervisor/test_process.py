@@ -18,19 +18,20 @@ from rbee_hive.supervisor.machine import Ending
 from rbee_hive.supervisor.process import NotStarted, WorkerProcess, ending_text
 from rbee_hive.supervisor.processes import LinuxSystem
 
-STUBBORN = """
+pytestmark = pytest.mark.timeout(120)
+
+CHILD = "import os, time; print('child', os.getpid(), flush=True); time.sleep(600)"
+"""It speaks itself: a process that has begun only just has no environment yet to be known by."""
+
+STUBBORN = f"""
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-print("child", child.pid, flush=True)
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}])
 time.sleep(600)
 """
-ORPHANING = """
+ORPHANING = f"""
 import subprocess, sys
-child = subprocess.Popen(
-    [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True
-)
-print("child", child.pid, flush=True)
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], start_new_session=True)
 sys.exit(3)
 """
 NONCE = "a-nonce-of-a-test"

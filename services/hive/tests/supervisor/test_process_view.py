@@ -15,10 +15,12 @@ from rbee_hive.supervisor.processes import LinuxSystem
 @pytest.fixture
 def child() -> Iterator[subprocess.Popen[bytes]]:
     env = os.environ | {"RBEE_WORKER_NONCE": "of-this-test"}
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=env)
-    yield process
-    process.kill()
-    process.wait()
+    script = "import time; print('here', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # a process that has begun only just has no environment yet
+        yield process
+        process.kill()
 
 
 def owned(worker_id: str, *, is_leader: bool = False, leader_lives: bool = True) -> Owned:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import anyio
 import httpx
+import pytest
 from rbee_inprocess import Running, eventually, running
 
 from rbee_contracts.access import NONCE_VARIABLE
@@ -18,6 +19,8 @@ from rbee_hive.config import HiveConfig
 from rbee_hive.devices import Reservations
 from rbee_hive.supervisor.machine import Policy
 from rbee_hive.supervisor.workers import Workers
+
+pytestmark = pytest.mark.timeout(180)
 
 CPU = Device(kind="cpu", index=0, name="c", memory_total=64 << 30, memory_used=0)
 
@@ -152,7 +155,7 @@ async def test_unloaded_twice_at_once_a_worker_is_not_left_draining(tmp_path: Pa
         slept: list[bool] = []
 
         async def sleep() -> None:
-            slept.append(await made.workers.sleep(worker_id, 20))
+            slept.append(await made.workers.sleep(worker_id, 60))
 
         async with anyio.create_task_group() as tasks:
             for _ in range(2):
@@ -160,7 +163,7 @@ async def test_unloaded_twice_at_once_a_worker_is_not_left_draining(tmp_path: Pa
 
         assert slept == [True, True]
         assert made.workers.get(worker_id).life.is_draining is False
-        assert (await made.workers.wake(worker_id, 20)).state == "ready"
+        assert (await made.workers.wake(worker_id, 60)).state == "ready"
 
 
 async def test_what_a_loading_worker_has_started_is_known_as_ours_before_memory_is_promised(
@@ -173,8 +176,10 @@ async def test_what_a_loading_worker_has_started_is_known_as_ours_before_memory_
         (worker,) = made.workers.all()
         assert worker.running is not None
         env = {NONCE_VARIABLE: worker.running.nonce}
-        command = [sys.executable, "-c", "import time; time.sleep(600)"]
+        command = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)"]
         async with await anyio.open_process(command, env=env) as started:
+            assert started.stdout is not None
+            await started.stdout.receive()  # a process that has begun only just has no environment yet
             await made.workers._allotter.reserve("another", worker.spec, "m")
             owners = made.workers.owners()
             started.kill()

@@ -35,7 +35,7 @@ from rbee_queen import VERSION
 from rbee_queen.fleet import Fleet, Hive
 from rbee_queen.inference import Inference
 
-SEEN_TIMEOUT_S = 3.0
+SEEN_TIMEOUT_S = 10.0
 """How long an operation waits until what it has done shows in the hive's heartbeats."""
 
 NEW_WORK = (WorkerSpawn, ModelLoad, ModelDownload)

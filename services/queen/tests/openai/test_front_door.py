@@ -123,7 +123,7 @@ async def test_a_request_shows_on_the_firehose() -> None:
         answer = await service.http.post(CHAT, json={"model": "m"})
         job_id = answer.headers["X-Job-ID"]
         actions = []
-        with anyio.fail_after(20):
+        with anyio.fail_after(45):
             async for line in lines:
                 if line.startswith("data: "):
                     event = msgspec.json.decode(line[6:])
@@ -446,7 +446,7 @@ async def test_a_client_that_leaves_cancels_its_job_at_once(streams: bool) -> No
         await eventually(lambda: any(job.state == "running" for job in service.server.registry), "running")
         job = only_job(service)
         await client.aclose()
-        with anyio.fail_after(20):
+        with anyio.fail_after(45):
             await left.wait()
         await eventually(lambda: job.state == "cancelled", "the job is cancelled")
         terminal = (await service.read(job.id))[-2]
@@ -479,7 +479,7 @@ async def test_delete_ends_the_request_that_is_waiting(streams: bool) -> None:
             answers.append(await service.http.post(CHAT, json={"model": "m"}))
 
         tasks.start_soon(ask)
-        with anyio.fail_after(20):
+        with anyio.fail_after(45):
             await started.wait()
             deleted = await service.http.delete(f"/v1/jobs/{only_job(service).id}")
             await eventually(lambda: answers, "the answer is here")

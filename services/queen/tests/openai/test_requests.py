@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbee_contracts.errors import BodyTooLarge, InvalidRequest
@@ -43,6 +43,7 @@ json_objects = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(value=json_objects, indent=st.sampled_from([None, 2]))
 def test_any_object_is_taken_as_it_stands(value: dict[str, Any], indent: int | None) -> None:
     value.pop("model", None)
@@ -51,6 +52,7 @@ def test_any_object_is_taken_as_it_stands(value: dict[str, Any], indent: int | N
     assert bytes(operation_of(CHAT, "application/json", body, 10**6).body) == body
 
 
+@settings(deadline=None)
 @given(value=json_objects)
 def test_an_alias_changes_no_other_value(value: dict[str, Any]) -> None:
     op = operation_of(CHAT, "application/json", json.dumps(value | {"model": "a"}).encode(), 10**6)
@@ -171,6 +173,7 @@ def test_what_is_no_form_is_refused(content_type: str, body: bytes, error: type[
         operation_of(AUDIO, content_type, body, 1000)
 
 
+@settings(deadline=None)
 @given(
     noise=st.binary(max_size=40),
     model=st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=20),

@@ -10,9 +10,11 @@ from rbee_queen.store import StoreFailed, postgres
 from rbee_queen.store.sql import SqlStore
 
 
-@pytest.fixture(autouse=True)
-def be_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres, "PATIENCE_S", 1.0)
+def impatient(url: str) -> SqlStore:
+    """A queen that soon gives up waiting for another one to leave."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(postgres, "PATIENCE_S", 1.0)
+        return SqlStore(url)
 
 
 def cut_connections(url: str) -> None:
@@ -29,7 +31,7 @@ def test_a_second_queen_is_refused(postgres_url: str) -> None:
     first.open()
 
     with pytest.raises(StoreFailed, match="another queen uses it"):
-        second.open()
+        impatient(postgres_url).open()
 
     first.close()
     second.open()
@@ -50,7 +52,7 @@ def test_a_cut_connection_is_made_again(postgres_url: str) -> None:
 
 
 def test_a_queen_that_was_replaced_while_it_was_cut_off_writes_no_more(postgres_url: str) -> None:
-    first, second = SqlStore(postgres_url), SqlStore(postgres_url)
+    first, second = impatient(postgres_url), SqlStore(postgres_url)
     first.open()
     cut_connections(postgres_url)
     second.open()
@@ -82,7 +84,7 @@ def test_no_request_text_is_in_what_the_server_refuses(postgres_url: str) -> Non
     [
         (("/rbee_", "/no_"), "this database does not exist .*createdb"),
         (("//rbee@", "//nobody:secret@"), "the login is refused .*check user"),
-        (("?host=/tmp", "?host=/nowhere"), "the server cannot be reached"),
+        (("?host=/", "?host=/nowhere/"), "the server cannot be reached"),
     ],
 )
 def test_a_server_that_refuses_is_explained_in_one_line(
