@@ -210,6 +210,7 @@ PROMPT = {
     "model": "m",
     "prompt": "go on",
     "temperature": 0,
+    "ignore_eos": True,
     "resume_window_s": 120,  # for a reader that a busy machine keeps from coming back at once
 }
 
