@@ -8,7 +8,7 @@ import re
 import socket
 import struct
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -981,14 +981,64 @@ async def test_a_follower_that_is_told_that_the_service_answers_connects_at_once
         following = Following(client)
         tasks.start_soon(following.run)
         await eventually(lambda: relay.accepted, "it tries")
+        # Whether the attempt is over by now or not.
+        client.hurry()
         relay.refusing = False
-
-        def hurried() -> bool:
-            client.hurry()  # again, as it may not wait yet
-            return following.connections == [True]
-
-        await eventually(hurried, "connected")
+        await eventually(lambda: following.connections == [True], "connected")
         tasks.cancel_scope.cancel()
+
+
+async def test_a_follower_that_is_hurried_during_an_attempt_tries_again_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_module, "backoff_s", lambda: itertools.repeat(3600.0))
+    begun, hurried = anyio.Event(), anyio.Event()
+
+    async def refuse_late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        tries.append(begun.is_set())
+        begun.set()
+        await hurried.wait()
+        writer.write(b"HTTP/1.1 503 X\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        writer.close()
+
+    tries: list[bool] = []
+    async with (
+        serving(refuse_late) as url,
+        JobClient(url, timeouts=PATIENT) as client,
+        anyio.create_task_group() as tasks,
+    ):
+        tasks.start_soon(Following(client).run)
+        await begun.wait()
+        client.hurry()
+        hurried.set()
+        await eventually(lambda: tries == [False, True], "it tries again, once")
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_client_that_is_closed_while_a_reader_waits_cuts_its_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A hive may be forgotten, or move, while what it answered is read again."""
+    waits = anyio.Event()
+
+    def backoff() -> Iterator[float]:
+        waits.set()
+        yield 0.2
+
+    monkeypatch.setattr(client_module, "backoff_s", backoff)
+    async with scripted([b""]) as (url, _):
+        client = JobClient(url, timeouts=PATIENT)
+
+        async def close() -> None:
+            await waits.wait()
+            await client.aclose()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(close)
+            with pytest.raises((StreamCut, Unreachable)):
+                async for _ in client.stream(new_job_id()):
+                    pass
 
 
 async def test_the_contracts_errors_are_what_callers_catch() -> None:

@@ -393,6 +393,29 @@ async def test_one_connection_too_many_is_503_and_the_others_go_on() -> None:
                 await anyio.sleep(0.01)
 
 
+async def test_an_idle_connection_makes_room_for_a_new_one() -> None:
+    """Or whoever opens connections, asks once on each and leaves them open would shut everybody out."""
+    async with serving(max_connections=3, receive_deadline_s=3600) as service:
+        held = []
+        for _ in range(6):
+            reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+            held.append((reader, writer))
+            writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            with anyio.fail_after(PATIENCE_S):
+                assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200")
+        ended = [reader for reader, _ in held if await _is_at_end(reader)]
+        for _, writer in held:
+            writer.close()
+
+        assert len(ended) == 3
+
+
+async def _is_at_end(reader: asyncio.StreamReader) -> bool:
+    with anyio.move_on_after(0.2):
+        return await reader.read() == b""
+    return False
+
+
 async def test_refused_connections_are_closed_even_if_the_caller_goes_on_sending(service: Running) -> None:
     _, closed_after_s = await drip(service.port, b"GET / HTTP/1.1\r\nX: " + b"x" * 300_000, b"x" * 1000)
 

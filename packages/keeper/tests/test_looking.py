@@ -130,7 +130,7 @@ def test_worker_show_compares_the_estimate_with_reality(scripted: "ScriptedServi
 
 def test_a_lost_hive_is_forgotten_by_name_and_any_other_is_refused(scripted: "ScriptedService") -> None:
     done = scripted.rbee("hive", "forget", "box3")
-    assert done.stdout == "box3 at http://10.0.0.9:7835 is forgotten; it had been silent for 2h 1m.\n"
+    assert done.stdout == "box3 at http://10.0.0.9:7835 is forgotten; it was not heard for 2h 1m or more.\n"
     assert msgspec.convert(scripted.json("hive", "forget", "box3"), nodes.HiveInfo).hive_id == "box3"
 
     refused = scripted.rbee("hive", "forget", "box1")

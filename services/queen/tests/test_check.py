@@ -119,6 +119,7 @@ def test_a_hive_that_is_not_there(state: str, status: str) -> None:
 
     assert (name, found) == ("hive box1", status)
     assert "10.0.0.9" in text
+    assert ("rbee hive forget box1" in text) is (state == "lost")
 
 
 def test_why_a_hive_is_not_heard_is_told() -> None:

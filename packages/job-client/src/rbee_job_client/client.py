@@ -254,6 +254,8 @@ class JobClient:
                         f"within {self._timeouts.resume:g} s: {exc.details} Read it again from there."
                     ) from exc
                 await asyncio.sleep(delay)
+                if self._is_closed:
+                    raise
 
     async def submit_and_stream(
         self, operation: Operation, *, correlation_id: str | None = None
@@ -295,7 +297,7 @@ class JobClient:
         delays = backoff_s()
         path = "/v1/events?output=1" if output else "/v1/events"
         while True:
-            connected = False
+            connected, hurried = False, self._hurried  # so that one who hurries during the attempt is heard
             try:
                 headers = {"Last-Event-ID": parser.last_event_id} if parser.last_event_id else {}
                 async with self._open(path, headers) as response:
@@ -303,7 +305,7 @@ class JobClient:
                         self.heard_at = time.monotonic()
                         events = feed(chunk)
                         if not connected and parser.last_event_id is not None:
-                            connected = True
+                            connected, hurried = True, self._hurried
                             delays = backoff_s()
                             if on_connection is not None:
                                 on_connection(True)
@@ -317,7 +319,7 @@ class JobClient:
             parser.reset()
             with suppress(TimeoutError):
                 async with asyncio.timeout(next(delays)):
-                    await self._hurried.wait()
+                    await hurried.wait()
 
     def hurry(self) -> None:
         """Have a follower that waits to connect again do so at once: it is known that the service answers."""

@@ -33,8 +33,9 @@ class Limits(Struct, frozen=True, kw_only=True):
             head and body, is here; later is 408.
         max_connections: open at once; one more is answered 503.
         keep_alive_s: how many seconds a connection may idle between two requests. As long as nginx's
-            `keepalive_timeout`, and longer than clients and proxies keep theirs: who closes first must be
-            the one that sends, or a request meets the close.
+            `keepalive_timeout`, and longer than most clients keep theirs: who closes first should be the
+            one that sends, or a request may meet the close. Where `max_connections` are open, one that idles
+            is closed for a new one.
     """
 
     max_body_bytes: int = 1_000_000

@@ -67,7 +67,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self.limits.max_connections:
+        if len(self.connections) > self.limits.max_connections and not self._makes_room():
             self._refuse(
                 503,
                 "Unavailable",
@@ -76,6 +76,16 @@ class GuardedProtocol(HttpToolsProtocol):
             )
         else:
             self._arm()
+
+    def _makes_room(self) -> bool:
+        """Close a connection that idles between two requests: nobody waits for anything on it."""
+        for other in self.connections:
+            assert isinstance(other, HttpToolsProtocol)
+            is_idle = other.timeout_keep_alive_task is not None and not other.transport.is_closing()
+            if other is not self and is_idle:
+                other.transport.close()
+                return True
+        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()

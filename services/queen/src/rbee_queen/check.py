@@ -144,7 +144,12 @@ def _of_hive(facts: HiveFacts, version: str) -> Iterator[Finding]:
                 status="failed",
                 message=f"It has been silent for {silence_s:.0f} s at {info.url} ({info.state})."
                 + (f" {facts.trouble}" if facts.trouble else ""),
-                remedy="See whether rbee-hive runs there, and whether this machine can reach that address.",
+                remedy="See whether rbee-hive runs there, and whether this machine can reach that address."
+                + (
+                    f" If it is gone for good: rbee hive forget {info.hive_id}"
+                    if info.state == "lost"
+                    else ""
+                ),
             )
     if info.state != "online":
         return

@@ -60,8 +60,8 @@ def engine_cores(processes: OwnedProcesses) -> list[int]:
 
 @pytest.mark.timeout(1800)
 async def test_tells_of_its_death_and_ends_open_generators(model: str, processes: OwnedProcesses) -> None:
-    # Promised within 0.25 s; this machine may be busy, so how often it is looked for stands for that.
-    assert vllm._DEATH_POLL_S + vllm._CAUSE_S <= 0.25
+    # Promised within 0.3 s; this machine may be busy, so how often it is looked for stands for that.
+    assert vllm._DEATH_POLL_S + vllm._CAUSE_S < 0.3
     # What holds this process up delays one death; what is slow by itself is slow each time.
     for _ in range(3):
         if await _longest_wait_for_a_death(model, processes) < 2:

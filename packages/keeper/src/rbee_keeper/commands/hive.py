@@ -80,7 +80,9 @@ def register(app: typer.Typer) -> None:
         if call.out.json:
             call.out.document(hive)
             return
-        silent = "" if hive.last_seen_s is None else f"; it had been silent for {duration(hive.last_seen_s)}"
+        silent = (
+            "" if hive.last_seen_s is None else f"; it was not heard for {duration(hive.last_seen_s)} or more"
+        )
         call.out.line(f"{hive.hive_id} at {hive.url} is forgotten{silent}.")
 
     @command(hives, "check")

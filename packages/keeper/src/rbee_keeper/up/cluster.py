@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -92,8 +92,11 @@ class Cluster:
         self._children.append(child)
         self._keep(self._watch(child))
 
-    async def while_alive(self, work: "asyncio.Task[None]") -> None:
+    async def while_alive(self, work: "asyncio.Task[None]", on_stop: Callable[[], None]) -> None:
         """Run `work` until it ends, a signal comes, or a child dies.
+
+        Args:
+            on_stop: called at a signal, before what `work` cleans up.
 
         Raises:
             Stopped: a signal came.
@@ -108,6 +111,7 @@ class Cluster:
                 ends: set[asyncio.Future[Any]] = {stop, self._death}
                 await asyncio.wait(ends, timeout=DEATH_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             if stop.done():
+                on_stop()
                 raise Stopped
             if self._death.done():
                 raise ChildDied(self._death.result())

@@ -67,12 +67,16 @@ async def _run_plan(
     await _check_ports(wanted, plan)
     _make_folder(plan.folder)
     failure: RbeeError | None = None
+
+    def tell_stop() -> None:
+        voice.tell("stop", ("" if is_json else "\n") + "Stopping; Ctrl-C again ends everything at once.")
+
     async with Cluster(voice, environ) as cluster:
         up = _Up(wanted, plan, voice, cluster)
         try:
-            await cluster.while_alive(asyncio.create_task(up.run()))
+            await cluster.while_alive(asyncio.create_task(up.run()), tell_stop)
         except Stopped:
-            voice.tell("stop", ("" if is_json else "\n") + "Stopping; Ctrl-C again ends everything at once.")
+            pass
         except RbeeError as exc:
             failure = exc
             if isinstance(exc, ChildDied):

@@ -104,7 +104,8 @@ class Writer:
                 ],
             ),
             (JobEnded, self._ending(insert_for_job(events, **event), store_payloads)),
-            # Before those that are seen: only one that was lost is forgotten, and it may come back at once.
+            # Before those that are seen: one that is forgotten may come back at once. One that is seen is
+            # lost, and forgotten, in the same write only where the store stood still for that long.
             (HiveForgotten, [hives.delete().where(hives.c.hive_id == bindparam("hive_id", type_=Text()))]),
             (
                 HiveSeen,

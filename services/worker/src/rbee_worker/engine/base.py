@@ -101,7 +101,7 @@ class Engine(Protocol):
     async def died(self) -> str:
         """Wait until the engine has died by itself and return the cause; cancelled on a stop.
 
-        Returns within 0.25 s of the death, also when the engine was idle.
+        Returns within 0.3 s of the death, also when the engine was idle.
         """
 
     async def stop(self) -> None:
