@@ -37,7 +37,7 @@ Start = Callable[..., ContainerCluster]
 TOKENS = 1000
 """Of a stream that is to outlast what happens: 25 seconds."""
 
-LONG = 900
+LONG = 2000
 """Of a stream that is to outlast two starts of the queen."""
 
 ENDLESS = 30_000
@@ -187,7 +187,9 @@ def test_a_hive_is_paused(start: Start) -> None:
     cluster.hives["h2"].unpause()
     check_healed(cluster, "h2", completed=len(spread["h2"]), cancelled=len([*spoken, *silent]))
     told = len([*spoken, *silent])
-    until(lambda: len(cluster.logged("queen", "stray_cancelled")) == told, "each stray is told once", 60)
+    until(lambda: len(cluster.logged("queen", "stray_cancelled")) == told, "each stray is told", 60)
+    cluster.run({"operation": "hive_list"})
+    assert len(cluster.logged("queen", "stray_cancelled")) == told, "one was told twice"
 
 
 def check_healed(cluster: ContainerCluster, hive_id: str, **states: int) -> None:

@@ -136,9 +136,7 @@ def test_a_container_is_healthy_once_its_service_takes_work_and_ends_with_0(
 
         def health() -> str:
             container.reload()
-            told = str(container.attrs["State"]["Health"]["Status"])
-            assert told in ("starting", "healthy")
-            return told
+            return str(container.attrs["State"]["Health"]["Status"])
 
         until(lambda: health() == "healthy", "the queen's container is healthy", 120)
         code, said = container.exec_run(

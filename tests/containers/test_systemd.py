@@ -267,13 +267,15 @@ def test_a_restart_of_the_hive_keeps_the_worker_and_the_open_stream(cluster: Mac
 
 
 def test_a_restart_of_the_queen_keeps_the_open_stream(cluster: Machine) -> None:
-    with cluster.read(cluster.submit(**PROMPT, max_tokens=100)) as reader:
+    tokens = 900  # 45 s: it outlasts the 30 s for which a queen that is stopped lets streams end
+    with cluster.read(cluster.submit(**PROMPT, max_tokens=tokens)) as reader:
         reader.until_tokens(10)
         cluster.sh("systemctl", "restart", "rbee-queen")
+        assert not reader.done
         events = reader.until_end()
 
     assert events[-1]["action"] == "execute_complete"
-    assert [event["index"] for event in events if event["action"] == "token"] == list(range(100))
+    assert [event["index"] for event in events if event["action"] == "token"] == list(range(tokens))
 
 
 def test_a_killed_hive_is_started_again_and_adopts_its_worker(cluster: Machine) -> None:

@@ -4,7 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,17 @@ def test_a_stream_goes_on_when_the_hive_is_killed(cluster: Cluster, worker: dict
     operation = infer(max_tokens=tokens, ignore_eos=True)
     expected = text_of(cluster.events(operation))
     pid = info_of(cluster, worker["worker_id"])["pid"]
-    reader = Reader(cluster.queen.url, cluster.submit(operation))
     with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(reader.read)
-        until(lambda: len(reader.events) > 20 or reader.done, "the stream is under way", 120)
+
+        def begin() -> tuple[Reader, Future[Reader]]:
+            reader = Reader(cluster.queen.url, cluster.submit(operation))
+            result = pool.submit(reader.read)
+            until(lambda: reader.done or len(reader.events) > 20, "the stream is under way", 120)
+            return reader, result
+
+        reader, result = begin()
+        while reader.done:  # it has ended before this process could see that it had begun
+            reader, result = begin()
         cluster.hive.kill()
         cluster.restart_hive(cluster.hive.url.rpartition(":")[2])
         result.result(300)

@@ -70,9 +70,17 @@ def hive_job_states(url: str, **headers: str) -> list[str]:
 
 
 def until_answered(cluster: FleetCluster, operation: dict[str, Any]) -> None:
-    """Wait until an inference is answered: a hive may be heard before its events are followed again."""
-    tokens = operation["max_tokens"]
-    until(lambda: len(text_of(cluster.events(operation)).split()) == tokens, "it is answered")
+    """Wait until an inference is answered; till then it may fail only with what is worth another try."""
+
+    def is_answered() -> bool:
+        events = cluster.events(operation)
+        if events[-1]["action"] == "execute_complete":
+            assert len(text_of(events).split()) == operation["max_tokens"]
+            return True
+        assert events[-2]["retryable"], events[-2]
+        return False
+
+    until(is_answered, "it is answered")
 
 
 def heartbeat_states(cluster: FleetCluster) -> list[str]:

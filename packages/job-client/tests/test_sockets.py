@@ -1,6 +1,7 @@
 """What a client's connections notice, and what they are spared."""
 
 import asyncio
+import ipaddress
 import os
 import shutil
 import socket
@@ -33,8 +34,8 @@ def test_a_socket_asks_whether_its_peer_is_there() -> None:
 
 
 _SILENT_SERVICE = """
-import socket, time
-with socket.create_server(("198.18.74.2", 7833)) as listener:
+import socket, sys, time
+with socket.create_server((sys.argv[1], 7833)) as listener:
     print("listening", flush=True)
     client, _ = listener.accept()
     client.recv(65536)
@@ -44,11 +45,17 @@ with socket.create_server(("198.18.74.2", 7833)) as listener:
 
 
 @contextmanager
-def far_service() -> Iterator[list[str]]:
-    """Run a service that says nothing more in a network namespace; give what runs a command there."""
+def far_service() -> Iterator[tuple[list[str], str]]:
+    """Run a service that says nothing more in a network namespace.
+
+    Gives what runs a command there, and its URL. The network follows from our process id, so that another
+    run on this machine has another one.
+    """
     if shutil.which("ip") is None:
         pytest.skip("network namespaces need the command `ip`")
     name, ours = f"rbeec{os.getpid()}", f"rc{os.getpid()}"
+    network = ipaddress.ip_address("198.18.0.0") + 4 * (os.getpid() % 2**15)
+    here, far = network + 1, network + 2
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
     if made.returncode:
         pytest.skip(f"no network namespace can be made here: {made.stderr.strip()}")
@@ -56,19 +63,20 @@ def far_service() -> Iterator[list[str]]:
     try:
         for command in [
             f"ip link add {ours} type veth peer name far netns {name}",
-            f"ip addr add 198.18.74.1/30 dev {ours}",
+            f"ip addr add {here}/30 dev {ours}",
             f"ip link set {ours} up",
-            f"ip -n {name} addr add 198.18.74.2/30 dev far",
+            f"ip -n {name} addr add {far}/30 dev far",
             f"ip -n {name} link set far up",
         ]:
             done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
             if done.returncode:
                 pytest.skip(f"{command}: {done.stderr.strip()}")
-        service = subprocess.Popen([*there, sys.executable, "-c", _SILENT_SERVICE], stdout=subprocess.PIPE)
+        program = [sys.executable, "-c", _SILENT_SERVICE, str(far)]
+        service = subprocess.Popen([*there, *program], stdout=subprocess.PIPE)
         try:
             assert service.stdout is not None
             assert service.stdout.readline() == b"listening\n"
-            yield there
+            yield there, f"http://{far}:7833"
         finally:
             service.kill()
             service.communicate()
@@ -90,8 +98,8 @@ async def test_a_service_whose_cable_is_cut_is_noticed_though_it_had_nothing_to_
     async def follow(client: JobClient) -> list[AnyEvent]:
         return [event async for batch in client.follow(on_connection=connections.append) for event in batch]
 
-    with far_service() as there:
-        async with JobClient("http://198.18.74.2:7833", timeouts=Timeouts(connect=600, read=600)) as client:
+    with far_service() as (there, url):
+        async with JobClient(url, timeouts=Timeouts(connect=600, read=600)) as client:
             task = asyncio.ensure_future(follow(client))
             await eventually(lambda: connections == [True], "it is followed")
             await anyio.run_process([*there, "ip", "addr", "flush", "dev", "far"])

@@ -254,7 +254,7 @@ class ClusterUnderTest:
                 break
         seen = 0  # twice: the first may be of before
         for overview in _beats(self.queen_url, QueenHeartbeat):
-            seen = seen + 1 if all(map(is_as_ever, overview.hives)) else 0
+            seen = seen + 1 if overview.hives and all(map(is_as_ever, overview.hives)) else 0
             if seen == 2:
                 break
 
