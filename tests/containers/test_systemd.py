@@ -198,11 +198,15 @@ def installed(engine: docker.DockerClient, systemd_image: None, run_id: str) -> 
 
 
 @pytest.fixture
-def cluster(installed: Machine) -> Machine:
-    """A machine with both services and a worker, however the test before has left it."""
+def cluster(installed: Machine) -> Iterator[Machine]:
+    """A machine with both services and a worker, however the test before has left it.
+
+    What it has logged is printed: pytest shows it where a test has failed.
+    """
     installed.sh("systemctl", "start", "rbee-queen", "rbee-hive")
     installed.worker()
-    return installed
+    yield installed
+    print(installed.attempt("journalctl", "--no-pager", "--output=short-precise", "--lines=300")[1])
 
 
 PROMPT = {

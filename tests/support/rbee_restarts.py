@@ -30,6 +30,8 @@ class Reader:
         self.events: list[dict[str, Any]] = []
         self.ids: list[str] = []
         self.done = False
+        self.trouble: list[str] = []
+        """What kept it from reading, each when it was first met."""
 
     def read(self, deadline_s: float = 240.0) -> "Reader":
         deadline = time.monotonic() + deadline_s
@@ -43,14 +45,20 @@ class Reader:
                         self.done = True
                     elif response.status_code == 200:
                         self._take(response)
-                    elif response.status_code != 503:
+                    elif response.status_code == 503:
+                        self._note(response.read().decode(errors="replace"))
+                    else:
                         raise AssertionError(response.read())
-            except httpx.TransportError:
-                pass
+            except httpx.TransportError as exc:
+                self._note(repr(exc))
             if not self.done:
                 time.sleep(0.05)
-        assert self.done, f"{self.job_id} did not end; had {len(self.events)} events"
+        assert self.done, f"{self.job_id} did not end; had {len(self.events)} events; met {self.trouble}"
         return self
+
+    def _note(self, trouble: str) -> None:
+        if trouble not in self.trouble:
+            self.trouble.append(trouble)
 
     def _take(self, response: httpx.Response) -> None:
         event_id = ""
