@@ -1,14 +1,17 @@
 """The tests' own view of processes, ports and time holds while these come and go."""
 
+import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import rbee_processes
+from rbee_containers import ask, do
 from rbee_ports import HOST, HeldPort
 from rbee_processes import is_alive, title_of, until
 
@@ -69,3 +72,30 @@ def test_a_condition_is_asked_once_more_after_its_time(monkeypatch: pytest.Monke
     with pytest.raises(AssertionError, match="after 60 s still not: it is so"):
         until(lambda: held_up() and False, "it is so", timeout_s=60)
     assert len(asked) == 2
+
+
+class Forgetful:
+    """Plays a container whose engine drops what its first commands say."""
+
+    def __init__(self, folder: Path, drops: int) -> None:
+        self.folder = folder
+        self.drops = drops
+
+    def exec_run(self, command: list[str], environment: dict[str, str] | None = None) -> tuple[int, bytes]:
+        command = [word.replace("/var/tmp", str(self.folder)) for word in command]
+        done = subprocess.run(command, capture_output=True, env=os.environ | (environment or {}), check=False)
+        self.drops -= 1
+        return done.returncode, b"" if self.drops >= 0 else done.stdout
+
+
+def test_what_a_container_says_is_whole_though_its_engine_drops_some_and_a_command_runs_once(
+    tmp_path: Path,
+) -> None:
+    count = tmp_path / "count"
+    container: Any = Forgetful(tmp_path, drops=2)
+    command = ("sh", "-c", f"echo run >>{count}; echo $WORD; echo wrong >&2; exit 3")
+    assert do(container, *command, environment={"WORD": "hello"}) == (3, "hello\nwrong\n")
+    assert count.read_text() == "run\n"
+
+    container.drops = 2
+    assert ask(container, "sh", "-c", "echo hello; exit 3") == (3, "hello\n")

@@ -11,7 +11,7 @@ from typing import Any
 
 import docker
 import pytest
-from rbee_containers import BUILD_LIMIT_S, LABEL, REPOSITORY, build, find_engine
+from rbee_containers import BUILD_LIMIT_S, LABEL, REPOSITORY, ask, build, find_engine
 from rbee_processes import until
 from testcontainers.core.container import DockerContainer
 
@@ -139,20 +139,15 @@ def test_a_container_is_healthy_once_its_service_takes_work_and_ends_with_0(
             return str(container.attrs["State"]["Health"]["Status"])
 
         until(lambda: health() == "healthy", "the queen's container is healthy", 120)
-        code, said = container.exec_run(
-            ["python", "/usr/local/lib/rbee/healthcheck.py", "http://127.0.0.1:7833"]
-        )
+        check = ("python", "/usr/local/lib/rbee/healthcheck.py")
+        code, said = ask(container, *check, "http://127.0.0.1:7833")
         assert (code, json.loads(said)) == (0, {"ready": True})
-        code, said = container.exec_run(
-            ["python", "/usr/local/lib/rbee/healthcheck.py", "http://127.0.0.1:7833"],
-            environment={"RBEE_TOKEN": "another-token-than-hers"},
-        )
+        stranger = ("env", "RBEE_TOKEN=another-token-than-hers")
+        code, said = ask(container, *stranger, *check, "http://127.0.0.1:7833")
         assert (code, json.loads(said)["code"]) == (1, "unauthorized")
-        code, said = container.exec_run(
-            ["python", "/usr/local/lib/rbee/healthcheck.py", "http://127.0.0.1:1"]
-        )
+        code, said = ask(container, *check, "http://127.0.0.1:1")
         assert code == 1
-        assert said.startswith(b"no answer: ")
+        assert said.startswith("no answer: ")
         container.stop(timeout=90)
         assert container.wait()["StatusCode"] == 0
     queen.get_docker_client().client.close()

@@ -15,7 +15,7 @@ import docker
 import httpx
 import pytest
 from docker.models.containers import Container
-from rbee_containers import LABEL, REPOSITORY, run
+from rbee_containers import LABEL, REPOSITORY, do, run
 from rbee_processes import until
 from rbee_restarts import BackgroundReader
 
@@ -63,8 +63,7 @@ class Machine:
 
     def attempt(self, *command: str, **environ: str) -> tuple[int, str]:
         """Run a command there; give its status and all that it said."""
-        code, said = self.container.exec_run(list(command), environment=environ)
-        return int(code), said.decode(errors="replace")
+        return do(self.container, *command, environment=environ)
 
     def sh(self, *command: str, **environ: str) -> str:
         """Run a command there that must succeed."""

@@ -20,7 +20,7 @@ import httpx
 from docker.errors import APIError
 from docker.models.containers import Container
 from docker.types import IPAMConfig, IPAMPool
-from rbee_containers import LABEL, unused_port
+from rbee_containers import LABEL, ask, unused_port
 from rbee_processes import stream, text_of, until
 from rbee_restarts import Reader
 
@@ -486,8 +486,8 @@ class ContainerCluster:
 
     def hive_jobs(self, hive_id: str) -> list[dict[str, Any]]:
         """Give the inferences that a hive knows."""
-        status, output = self.hives[hive_id].exec_run(["python", "-c", HIVE_JOBS])
-        assert status == 0, output.decode(errors="replace")
+        status, output = ask(self.hives[hive_id], "python", "-c", HIVE_JOBS)
+        assert status == 0, output
         jobs = json.loads(output)["jobs"]
         return [job for job in jobs if job["operation"] in ("infer", "openai")]
 

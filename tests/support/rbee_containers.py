@@ -10,12 +10,14 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import docker
 import pytest
+from docker.models.containers import Container
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -75,6 +77,50 @@ def run(*command: str | Path, timeout_s: float = 300.0, environ: Mapping[str, st
     )
     assert done.returncode == 0, f"status {done.returncode} of {' '.join(map(str, command))}:\n{done.stdout}"
     return done.stdout
+
+
+_WHOLE = b" is all of it"
+
+_ASKED_AT_MOST = 30
+
+_ASK = '"$@" 2>&1; printf "\\n%s is all of it" "$?"'
+
+_DO = """
+said=$1; shift
+"$@" >"$said" 2>&1
+printf "\\n%s is all of it" "$?" >>"$said"
+cat "$said"
+"""
+
+
+def ask(container: Container, *command: str) -> tuple[int, str]:
+    """Run a command that changes nothing in a container; give its status and all that it says.
+
+    It runs again until its output is whole: the engine drops what it could not copy within two seconds of
+    the command's end, which on a busy machine is all of it, and says nothing of that.
+    """
+    for _ in range(_ASKED_AT_MOST):
+        _, said = container.exec_run(["sh", "-c", _ASK, "sh", *command])
+        if said.endswith(_WHOLE):
+            break
+    return _told(said)
+
+
+def do(container: Container, *command: str, environment: Mapping[str, str]) -> tuple[int, str]:
+    """As `ask`, for any command: it runs once, and a file in the container keeps what it says."""
+    said_in = f"/var/tmp/said-{uuid.uuid4().hex}"
+    _, said = container.exec_run(["sh", "-c", _DO, "sh", said_in, *command], environment=dict(environment))
+    for _ in range(_ASKED_AT_MOST):
+        if said.endswith(_WHOLE):
+            break
+        _, said = container.exec_run(["cat", said_in])
+    return _told(said)
+
+
+def _told(said: bytes) -> tuple[int, str]:
+    assert said.endswith(_WHOLE), said
+    text, _, end = said.rpartition(b"\n")
+    return int(end.split()[0]), text.decode(errors="replace")
 
 
 def unused_port() -> int:
