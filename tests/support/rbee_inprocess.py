@@ -72,6 +72,13 @@ class CountedTimeLoop(asyncio.SelectorEventLoop):
         return self._counting.now
 
 
+def let_pass(seconds: float) -> None:
+    """Have the loop's clock go on: what was to come in that time comes now."""
+    loop = asyncio.get_running_loop()
+    now = loop.time
+    loop.time = lambda: now() + seconds  # type: ignore[method-assign]
+
+
 class LoopClock:
     """The running loop's time, for code that takes a clock."""
 

@@ -12,7 +12,7 @@ import anyio
 import httpx
 import psutil
 import pytest
-from rbee_inprocess import PATIENCE_S, Frame, Running, actions, eventually, exchange, running
+from rbee_inprocess import PATIENCE_S, Frame, Running, actions, eventually, exchange, let_pass, running
 
 from rbee_contracts.ids import new_job_id, step_key
 from rbee_contracts.operations import Infer, Status
@@ -315,11 +315,9 @@ async def test_what_still_comes_after_413_has_the_same_deadline(strict: Running)
     assert closed_after_s < DEADLINE_S + 1
 
 
-async def let_pass(seconds: float) -> None:
-    """Have the loop's clock go on, and what was to come in that time come now."""
-    loop = asyncio.get_running_loop()
-    now = loop.time
-    loop.time = lambda: now() + seconds  # type: ignore[method-assign]
+async def passes(seconds: float) -> None:
+    """Have time go by, and what was to come in it be done with."""
+    let_pass(seconds)
     for _ in range(20):
         await asyncio.sleep(0)
 
@@ -337,7 +335,7 @@ async def test_an_answer_may_take_longer_than_the_request() -> None:
             tasks.start_soon(read)
             await eventually(lambda: job.outputs, "it has begun to answer")
             for _ in range(4):
-                await let_pass(Limits().receive_deadline_s + protocol.HELD_UP_S / 2)
+                await passes(Limits().receive_deadline_s + protocol.HELD_UP_S / 2)
 
     assert actions(frames) == ["execute", "token", "token", "execute_complete", "[DONE]"]
 
@@ -348,7 +346,7 @@ async def test_a_request_that_this_process_was_too_busy_to_read_is_served() -> N
         reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
         writer.write(HEAD + b"Connection: close\r\nExpect: 100-continue\r\nContent-Length: 22\r\n\r\n{")
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100")
-        await let_pass(Limits().receive_deadline_s + 2 * protocol.HELD_UP_S)
+        await passes(Limits().receive_deadline_s + 2 * protocol.HELD_UP_S)
         writer.write(b'"operation":"status"}')
 
         assert (await reader.read()).startswith(b"HTTP/1.1 200")
@@ -366,8 +364,8 @@ async def test_an_idle_connection_outlasts_those_who_use_it_and_then_ends() -> N
             writer.write(HEAD.replace(b"POST /v1/jobs", b"GET /health") + b"\r\n")
             assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
             await reader.readuntil(b"}")
-            await let_pass(65)
-        await let_pass(15)
+            await passes(65)
+        await passes(15)
         with anyio.fail_after(PATIENCE_S):
             assert await reader.read() == b""
         writer.close()

@@ -12,7 +12,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 
 import anyio
 import pytest
-from rbee_inprocess import PATIENCE_S, Running, actions, eventually, running, text_of
+from rbee_inprocess import PATIENCE_S, Running, actions, eventually, let_pass, running, text_of
 from starlette.types import Message, Scope
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
@@ -62,13 +62,6 @@ def open_stream(port: int, job: Job, *, buffer_bytes: int | None = None) -> sock
 def closed_readers(logs: list[EventDict]) -> list[tuple[str, str]]:
     """The reason and the job of each reader that was closed."""
     return [(entry["reason"], entry["job_id"]) for entry in logs if entry["event"] == "reader_closed"]
-
-
-def let_pass(seconds: float) -> None:
-    """Have the loop's clock go on: what was to come in that time comes now."""
-    loop = asyncio.get_running_loop()
-    now = loop.time
-    loop.time = lambda: now() + seconds  # type: ignore[method-assign]
 
 
 # --- readers that stall --------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from rbee_inprocess import (
     actions,
     eventually,
     frames_of,
+    let_pass,
     run_counted,
     running,
     tcp_relay,
@@ -94,13 +95,6 @@ def patient_relay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here is about how long a relay waits, but for what says so."""
     monkeypatch.setattr(relay_module, "CONNECT_TIMEOUT_S", PATIENCE_S)
     monkeypatch.setattr(relay_module, "CANCEL_TIMEOUT_S", PATIENCE_S)
-
-
-def let_pass(seconds: float) -> None:
-    """Have the loop's clock go on: what was to come in that time comes now."""
-    loop = asyncio.get_running_loop()
-    now = loop.time
-    loop.time = lambda: now() + seconds  # type: ignore[method-assign]
 
 
 @asynccontextmanager
